@@ -1,0 +1,23 @@
+"""Identity of a model: what its tokens must be labelled with, so that nobody mixes two vocabularies."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+
+
+def fingerprint(config: Mapping, weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the canonical config and the weights, as 64 hex digits.
+
+    Args:
+        config: plain containers; everything that changes the tokens belongs in it, window and
+            padding policy included. Key order does not matter.
+        weights: state dict; any dtype and device. Order of the entries does not matter.
+    """
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
