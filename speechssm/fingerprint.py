@@ -1,4 +1,4 @@
-"""Identity of a model: what its tokens must be labelled with, so that nobody mixes two vocabularies."""
+"""Identity of a model, so that nobody mixes the tokens of two vocabularies."""
 
 import hashlib
 import json
@@ -19,5 +19,7 @@ def fingerprint(config: Mapping, weights: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     return digest.hexdigest()

@@ -8,6 +8,9 @@ from torch import nn
 
 from speechssm.errors import ConfigError
 
+ADAMW_KEYS = {"learning_rate", "betas", "epsilon", "weight_decay"}
+KNOWN_KEYS = ADAMW_KEYS | {"warmup_steps", "final_ratio", "schedule"}
+
 
 class WarmupCosine:
     """Learning-rate factor: linear warm-up, then cosine down to `final_ratio` (or constant).
@@ -57,12 +60,9 @@ def build_optimizer(
     Raises:
         ConfigError: an unknown key or schedule, or cosine without `total_steps`.
     """
-    known = {
-        "learning_rate", "betas", "epsilon", "weight_decay", "warmup_steps", "final_ratio", "schedule",
-    }  # fmt: skip
-    unknown = set(config) - known
+    unknown = sorted(set(config) - KNOWN_KEYS)
     if unknown:
-        raise ConfigError(f"optimizer: unknown key {sorted(unknown)[0]!r}; known: {sorted(known)}")
+        raise ConfigError(f"optimizer: unknown key {unknown[0]!r}; known: {sorted(KNOWN_KEYS)}")
     schedule = config.get("schedule", "cosine")
     if schedule not in ("cosine", "constant"):
         raise ConfigError(f"optimizer.schedule: {schedule!r} is neither 'cosine' nor 'constant'")
