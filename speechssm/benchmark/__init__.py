@@ -1,0 +1,1 @@
+"""Speed and memory: one module per subject, each with one `run_*` function."""

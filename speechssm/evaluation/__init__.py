@@ -1,0 +1,1 @@
+"""What each stage is worth on held-out recordings: one file per family of metrics."""
