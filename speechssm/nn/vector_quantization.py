@@ -1,0 +1,246 @@
+"""Vector quantisation with a codebook learned by moving averages, safe for compiled steps.
+
+Why not the library vector-quantize-pytorch: its first-batch k-means initialisation and its
+dead-code replacement branch in Python on tensor values and index with boolean masks, which on XLA
+means a device synchronisation and a recompilation at every step. Here all of it is arithmetic on
+tensors of fixed shape (`torch.where` on a bool buffer), so one graph serves all steps.
+
+Sources: van den Oord et al. 2017 (VQ, EMA updates in appendix A), Yu et al. 2022 (low-dimensional
+and cosine lookup), Zeghidour et al. 2021 (codes that fell out of use restart at batch vectors).
+
+Shapes: B batch, T time, N = B * T vectors, D model width, C codebook width, V codebook size.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechssm.errors import ConfigError
+
+
+class Float32Buffers(nn.Module):
+    """A module whose floating-point buffers stay float32 when the model is cast to bfloat16.
+
+    Moving averages with a decay of 0.99 do not move at all in bfloat16's 8 bits, and frozen random
+    projections that are rounded give other targets.
+    """
+
+    def _apply(self, fn, recurse=True):
+        before = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old.is_floating_point() and new.dtype != torch.float32:
+                source = new if old.is_meta else old
+                self._buffers[name] = source.to(device=new.device, dtype=torch.float32)
+        return self
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Context in which products keep the dtype of their operands."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # the meta device has no autocast
+
+
+def sum_over_ranks(statistics: Tensor) -> Tensor:
+    """Sum of a tensor over all processes; the tensor itself in a single process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(statistics)
+    return statistics
+
+
+def rank_and_world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class VectorQuantizer(Float32Buffers):
+    """Nearest code of an EMA codebook in a low-dimensional space, straight-through.
+
+    The codebook starts at vectors of the first training batch. A code whose share of use falls
+    below `dead_code_threshold` of an even share restarts at a vector of the current batch, every
+    step. All ranks hold the same codebook.
+
+    Args:
+        codebook_size: V. width: D of the vectors that come and go.
+        codebook_width: C of the lookup space; linear maps D -> C and C -> D around the codebook,
+            or none at all when it is None.
+        ema_decay: of code counts, code sums and (with `standardize`) mean and variance.
+        cosine: compare directions only; vectors and codes have length sqrt(C).
+        dead_code_threshold: fraction of an even share of use, 0 switches restarts off.
+        standardize: bring each of the C dimensions to zero mean and unit variance by running
+            statistics before lookup. Without it the encoder can satisfy the commitment loss by
+            shrinking its output to a point, and the codes collapse with it.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        width: int,
+        codebook_width: int | None = None,
+        ema_decay: float = 0.99,
+        cosine: bool = False,
+        dead_code_threshold: float = 0.1,
+        standardize: bool = False,
+    ):
+        super().__init__()
+        if not 0 <= ema_decay < 1:
+            raise ConfigError(f"vector quantiser: ema_decay must be in [0, 1), not {ema_decay}")
+        if not 0 <= dead_code_threshold < 1:
+            raise ConfigError(
+                f"vector quantiser: dead_code_threshold is a fraction of an even share, in [0, 1), "
+                f"not {dead_code_threshold}"
+            )
+        self.codebook_size = codebook_size
+        self.ema_decay = ema_decay
+        self.cosine = cosine
+        self.dead_code_threshold = dead_code_threshold
+        self.standardize = standardize
+        inner = width if codebook_width is None else codebook_width
+        projected = codebook_width is not None
+        self.project_in = nn.Linear(width, inner) if projected else nn.Identity()
+        self.project_out = nn.Linear(inner, width) if projected else nn.Identity()
+        self.register_buffer("codebook_VC", torch.zeros(codebook_size, inner))
+        self.register_buffer("code_sum_VC", torch.zeros(codebook_size, inner))
+        self.register_buffer("code_count_V", torch.zeros(codebook_size))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("mean_C", torch.zeros(inner))
+        self.register_buffer("variance_C", torch.ones(inner))
+
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise; in training mode also update the codebook.
+
+        Args:
+            x_BTD: vectors, any float dtype.
+            valid_BT: bool; vectors at False take no part in statistics and loss.
+
+        Returns:
+            quantized_BTD in x's dtype (gradients pass straight through), indices_BT int64, and the
+            commitment loss: mean squared distance per dimension to the (constant) code, float32.
+        """
+        batch, length, _ = x_BTD.shape
+        z_BTC = self.project_in(x_BTD)
+        z_NC = z_BTC.flatten(0, 1).float()
+        weight_N = (
+            torch.ones_like(z_NC[:, 0]) if valid_BT is None else valid_BT.flatten().to(z_NC.dtype)
+        )
+        if self.training:
+            self._update_standardization(z_NC.detach(), weight_N)
+        z_NC = self._normalize(z_NC)
+        if self.training:
+            candidate_VC, has_candidate_V = self._candidates(z_NC.detach(), weight_N)
+            self._initialize(candidate_VC, has_candidate_V)
+        indices_N = self._nearest(z_NC.detach())
+        code_NC = self.codebook_VC[indices_N]
+        if self.training:
+            self._update_codebook(z_NC.detach(), weight_N, indices_N, candidate_VC, has_candidate_V)
+        error_N = (z_NC - code_NC).square().mean(dim=-1)
+        commitment_loss = (error_N * weight_N).sum() / weight_N.sum().clamp(min=1.0)
+        straight_NC = z_NC + (code_NC - z_NC).detach()
+        quantized_BTC = straight_NC.to(x_BTD.dtype).view(batch, length, -1)
+        return self.project_out(quantized_BTC), indices_N.view(batch, length), commitment_loss
+
+    @torch.no_grad()
+    def quantize(self, x_BTD: Tensor) -> Tensor:
+        """Indices [B, T] int64 of the nearest codes; changes nothing."""
+        z_NC = self._normalize(self.project_in(x_BTD).flatten(0, 1).float())
+        return self._nearest(z_NC).view(x_BTD.shape[:2])
+
+    def lookup(self, indices_BT: Tensor) -> Tensor:
+        """Vectors [B, T, D] that stand for indices: what `forward` returns for them."""
+        code_BTC = self.codebook_VC[indices_BT]
+        weight = getattr(self.project_out, "weight", None)
+        return self.project_out(code_BTC if weight is None else code_BTC.to(weight.dtype))
+
+    def _normalize(self, z_NC: Tensor) -> Tensor:
+        if self.standardize:
+            z_NC = (z_NC - self.mean_C) * torch.rsqrt(self.variance_C + 1e-5)
+        if self.cosine:
+            z_NC = F.normalize(z_NC, dim=-1) * z_NC.shape[-1] ** 0.5
+        return z_NC
+
+    def _nearest(self, z_NC: Tensor) -> Tensor:
+        # |z|^2 is the same for all codes. Autocast would make this product bfloat16 and pick
+        # other codes than float32 inference does.
+        with without_autocast(z_NC.device.type):
+            score_NV = z_NC @ self.codebook_VC.T - 0.5 * self.codebook_VC.square().sum(-1)
+        return score_NV.argmax(dim=-1)
+
+    @torch.no_grad()
+    def _update_standardization(self, z_NC: Tensor, weight_N: Tensor) -> None:
+        if not self.standardize:
+            return
+        weighted_NC = z_NC * weight_N[:, None]
+        total = sum_over_ranks(
+            torch.cat([weighted_NC.sum(0), (weighted_NC * z_NC).sum(0), weight_N.sum()[None]])
+        )
+        width = z_NC.shape[-1]
+        count = total[-1].clamp(min=1.0)
+        mean_C = total[:width] / count
+        variance_C = (total[width : 2 * width] / count - mean_C.square()).clamp(min=1e-8)
+        # The first batch sets the statistics, an empty batch leaves them, others move them.
+        rate = torch.where(self.initialized, 1 - self.ema_decay, 1.0) * (total[-1] > 0)
+        self.mean_C.lerp_(mean_C, rate)
+        self.variance_C.lerp_(variance_C, rate)
+
+    @torch.no_grad()
+    def _candidates(self, z_NC: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+        """For each code a batch vector to (re)start at, the same on all ranks: [V, C], bool [V].
+
+        Row v comes from rank v mod world. Distinct vectors as long as there are enough valid ones.
+        """
+        rank, world = rank_and_world()
+        order_N = torch.argsort(torch.rand_like(weight_N) - 2.0 * weight_N)  # valid ones first
+        code_V = torch.arange(self.codebook_size, device=z_NC.device)
+        valid_count = weight_N.sum().long()
+        chosen_V = order_N[(code_V // world) % valid_count.clamp(min=1)]
+        mine_V = ((code_V % world) == rank) & (valid_count > 0)
+        packed = torch.cat([z_NC[chosen_V], torch.ones_like(z_NC[chosen_V, :1])], dim=-1)
+        packed = sum_over_ranks(torch.where(mine_V[:, None], packed, torch.zeros_like(packed)))
+        return packed[:, :-1], packed[:, -1] > 0
+
+    @torch.no_grad()
+    def _initialize(self, candidate_VC: Tensor, has_candidate_V: Tensor) -> None:
+        fresh_V = has_candidate_V & ~self.initialized
+        fresh_V1 = fresh_V[:, None]
+        self.codebook_VC.copy_(torch.where(fresh_V1, candidate_VC, self.codebook_VC))
+        self.code_sum_VC.copy_(torch.where(fresh_V1, candidate_VC, self.code_sum_VC))
+        self.code_count_V.copy_(torch.where(fresh_V, 1.0, self.code_count_V))
+        self.initialized.logical_or_(has_candidate_V.any())
+
+    @torch.no_grad()
+    def _update_codebook(
+        self,
+        z_NC: Tensor,
+        weight_N: Tensor,
+        indices_N: Tensor,
+        candidate_VC: Tensor,
+        has_candidate_V: Tensor,
+    ) -> None:
+        statistics_VC1 = z_NC.new_zeros(self.codebook_size, z_NC.shape[-1] + 1)
+        weighted = torch.cat([z_NC, torch.ones_like(z_NC[:, :1])], dim=-1) * weight_N[:, None]
+        statistics_VC1 = sum_over_ranks(statistics_VC1.index_add(0, indices_N, weighted))
+        self.code_sum_VC.lerp_(statistics_VC1[:, :-1], 1 - self.ema_decay)
+        self.code_count_V.lerp_(statistics_VC1[:, -1], 1 - self.ema_decay)
+
+        # The quotient of the two averages needs no smoothing: a code without use keeps both in
+        # proportion until it restarts, and the floor only guards the division.
+        mean_VC = self.code_sum_VC / self.code_count_V.clamp(min=1e-8)[:, None]
+        used_V = self.code_count_V > 1e-8
+        codebook_VC = torch.where(used_V[:, None], mean_VC, self.codebook_VC)
+        if self.cosine:
+            codebook_VC = F.normalize(codebook_VC, dim=-1) * codebook_VC.shape[-1] ** 0.5
+
+        even_share = self.code_count_V.mean()
+        dead_V = (self.code_count_V < self.dead_code_threshold * even_share) & has_candidate_V
+        dead_V1 = dead_V[:, None]
+        self.codebook_VC.copy_(torch.where(dead_V1, candidate_VC, codebook_VC))
+        self.code_sum_VC.copy_(torch.where(dead_V1, candidate_VC * even_share, self.code_sum_VC))
+        self.code_count_V.copy_(torch.where(dead_V, even_share, self.code_count_V))
