@@ -1,0 +1,1 @@
+"""Waveforms: reading and writing, resampling, log-mel features, fixed windows with overlap."""
