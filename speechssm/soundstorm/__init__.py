@@ -1,0 +1,1 @@
+"""SoundStorm: codes of a voice from units, all frames at once, level after level."""

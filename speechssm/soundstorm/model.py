@@ -1,0 +1,140 @@
+"""SoundStorm: a bidirectional Conformer that predicts masked codec codes from units.
+
+Shapes: B batch, Q quantiser levels, T codec frames, U units (T = U * unit_repeat), D model width,
+C codebook size.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from speechssm.errors import ConfigError
+from speechssm.nn.conformer import Conformer
+
+
+class SoundStorm(nn.Module):
+    """Masked acoustic model (Borsos et al. 2023; SpeechSSM, appendix B.2).
+
+    A frame enters as the sum of its Q level embeddings and of its unit's embedding; a unit lasts
+    `unit_repeat` frames. Every level has a mask id of its own, `mask_id` = codebook_size, and a
+    head of its own. Positions are rotary, attention sees both sides.
+
+    Args:
+        unit_vocab_size: units are 0 ... unit_vocab_size - 1.
+        codebook_size: codes of every level are 0 ... codebook_size - 1.
+        num_quantizers: levels of the codec.
+        unit_repeat: codec frames per unit (2 for 50 Hz codes and 25 Hz units).
+    """
+
+    def __init__(
+        self,
+        unit_vocab_size: int,
+        codebook_size: int,
+        num_quantizers: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_width: int,
+        conv_kernel: int,
+        unit_repeat: int = 2,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        sizes = {
+            "unit_vocab_size": unit_vocab_size,
+            "codebook_size": codebook_size,
+            "num_quantizers": num_quantizers,
+            "unit_repeat": unit_repeat,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"model.{name}={size}: must be at least 1")
+        self.unit_vocab_size = unit_vocab_size
+        self.codebook_size = codebook_size
+        self.num_quantizers = num_quantizers
+        self.unit_repeat = unit_repeat
+        self.mask_id = codebook_size
+        self.unit_embedding = nn.Embedding(unit_vocab_size, width)
+        self.level_embedding_QCD = nn.Parameter(
+            torch.empty(num_quantizers, codebook_size + 1, width)
+        )
+        self.conformer = Conformer(
+            num_layers=num_layers,
+            width=width,
+            num_heads=num_heads,
+            ffn_width=ffn_width,
+            conv_kernel=conv_kernel,
+            dropout=dropout,
+            rotary=True,
+        )
+        self.head_weight_QCD = nn.Parameter(torch.empty(num_quantizers, codebook_size, width))
+        self.head_bias_QC = nn.Parameter(torch.empty(num_quantizers, codebook_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The summed input has unit variance; the heads start near the uniform distribution."""
+        deviation = (self.num_quantizers + 1) ** -0.5
+        nn.init.normal_(self.unit_embedding.weight, std=deviation)
+        nn.init.normal_(self.level_embedding_QCD, std=deviation)
+        nn.init.normal_(self.head_weight_QCD, std=0.02)
+        nn.init.zeros_(self.head_bias_QC)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_bias_QC.device
+
+    def forward(
+        self,
+        codes_BQT: torch.Tensor,
+        units_BU: torch.Tensor,
+        valid_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of every frame.
+
+        Args:
+            codes_BQT: int64, `mask_id` where masked.
+            units_BU: int64; never masked.
+            valid_BT: bool, False on padding frames; None if there are none.
+
+        Returns:
+            hidden_BTD; `logits` turns them into predictions of one level.
+
+        Raises:
+            ConfigError: another number of levels or frames than the model and the units say.
+        """
+        _, levels, frames = codes_BQT.shape
+        if levels != self.num_quantizers:
+            raise ConfigError(
+                f"codes have {levels} levels, SoundStorm was built for {self.num_quantizers}: "
+                "use codes of the codec that it was trained with"
+            )
+        if frames != units_BU.shape[1] * self.unit_repeat:
+            raise ConfigError(
+                f"{frames} code frames do not fit {units_BU.shape[1]} units of "
+                f"{self.unit_repeat} frames each: codes and units must cover the same time"
+            )
+        x_BTD = self.unit_embedding(units_BU).repeat_interleave(self.unit_repeat, dim=1)
+        # One level at a time: the stack [B, Q, T, D] of all embeddings never exists.
+        for level in range(levels):
+            x_BTD = x_BTD + functional.embedding(
+                codes_BQT[:, level], self.level_embedding_QCD[level]
+            )
+        return self.conformer(x_BTD, valid_BT)
+
+    def logits(self, hidden_BTD: torch.Tensor, level: int | torch.Tensor) -> torch.Tensor:
+        """Predictions of one level: the other heads are not computed.
+
+        Args:
+            hidden_BTD: from `forward`; any part of the time axis.
+            level: 0-based, one int for all rows or int64 [B] with one level per row.
+
+        Returns:
+            logits_BTC, float.
+        """
+        if isinstance(level, int):
+            return functional.linear(
+                hidden_BTD, self.head_weight_QCD[level], self.head_bias_QC[level]
+            )
+        weight_BCD = self.head_weight_QCD.index_select(0, level)
+        bias_BC = self.head_bias_QC.index_select(0, level)
+        return torch.baddbmm(bias_BC[:, None], hidden_BTD, weight_BCD.transpose(1, 2))
