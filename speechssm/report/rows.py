@@ -4,8 +4,8 @@ A results file (`metrics.json`, `bench.json`) is a JSON object:
 
     {"rows": [Row, ...], "comparisons": [Comparison, ...], "curves": [...], ...}
 
-`rows` is always there. The other sections are optional: `comparisons` says whether a stage beats its
-trivial baseline, `curves` holds what a plot needs beyond single numbers.
+`rows` is always there. The other sections are optional: `comparisons` says whether a stage beats
+its trivial baseline, `curves` holds what a plot needs beyond single numbers.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Row:
     ratio: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers; bench fields only where one of them is set; NaN and infinity are null."""
+        """Plain containers; bench fields only where one is set; NaN and infinity become null."""
         record = dataclasses.asdict(self)
         if all(record[name] is None for name in BENCH_FIELDS):
             for name in BENCH_FIELDS:
@@ -143,7 +143,7 @@ class Comparison:
 
 
 def plain(value: Any) -> Any:
-    """Turn numpy scalars, mappings and sequences into JSON containers; non-finite numbers to None."""
+    """Turn numpy values, mappings and sequences into JSON containers; non-finite floats to None."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -208,7 +208,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"no results at {path}; `speechssm evaluate`, `bench` or a finished training writes them"
+            f"no results at {path}; `speechssm evaluate`, `bench` or a finished training makes them"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a results file ({error}); delete it and rerun") from None

@@ -1,0 +1,44 @@
+"""What every evaluation writes: metrics.json, table.md, and plots beside them."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from speechssm.report.rows import Comparison, Row, write_rows, write_text
+from speechssm.report.tables import comparisons_table, rows_table
+
+
+def progress_bar(show: bool = True) -> Progress:
+    """The progress bar of evaluations and benches; it goes to stderr and clears itself."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not show,
+    )
+
+
+def write_results(
+    out: str | Path,
+    rows: Iterable[Row],
+    *,
+    comparisons: Iterable[Comparison] = (),
+    title: str = "",
+    file: str = "metrics.json",
+    sections: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `file` and table.md into `out`; both atomically. Returns the path of `file`."""
+    out, rows, comparisons = Path(out), list(rows), list(comparisons)
+    text = f"# {title}\n\n" if title else ""
+    text += rows_table(rows).markdown() + "\n"
+    if comparisons:
+        text += "\n## Against trivial baselines\n\n"
+        text += comparisons_table(comparisons).markdown() + "\n"
+    write_text(out / "table.md", text)
+    return write_rows(out / file, rows, comparisons=comparisons, **(sections or {}))
