@@ -1,0 +1,180 @@
+"""Where `conf/` lies, how a config is composed from it, and how its mistakes are put in one line."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from speechssm.errors import ConfigError, SpeechSSMError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class UsageError(SpeechSSMError):
+    """The command line itself cannot be read; exit status 2."""
+
+
+def conf_folder() -> Path:
+    """The folder of configs: `conf/` of a checkout, or the copy that an installed wheel carries."""
+    for folder in (PACKAGE.parent / "conf", PACKAGE / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"no conf/ beside {PACKAGE}: reinstall speechssm")
+
+
+def project_folder(name: str) -> str:
+    """Folder `name` of the checkout that this package runs from, else of the current folder."""
+    checkout = PACKAGE.parent / name
+    if (PACKAGE.parent / "conf" / "train.yaml").is_file() and checkout.is_dir():
+        return str(checkout)
+    return name
+
+
+def group_options(group: str) -> list[str]:
+    """Names of the YAMLs in `conf/GROUP`, for messages."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def plain_keys(config_name: str) -> set[str]:
+    """Top-level keys that `conf/NAME.yaml` itself defines (not through its defaults list)."""
+    config = OmegaConf.load(conf_folder() / f"{config_name}.yaml")
+    assert isinstance(config, DictConfig)
+    return {str(key) for key in config} - {"defaults", "hydra"}
+
+
+def compose(
+    config_name: str, overrides: Sequence[str] = (), *, hydra_node: bool = False
+) -> DictConfig:
+    """Compose `conf/NAME.yaml` with overrides, as the command line does.
+
+    Some verbs have plain keys that are called like a config group (`data=FOLDER`). Hydra would look
+    such an override up among the group's files, so those are set after the composition.
+
+    Args:
+        config_name: a primary config, for example `train` or `evaluate`.
+        overrides: Hydra overrides.
+        hydra_node: keep Hydra's own node.
+
+    Raises:
+        ConfigError: an unknown key or value. UsageError: an override that cannot be read.
+    """
+    from speechssm.runtime.resolvers import register_resolvers
+
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            parsed = OverridesParser.create().parse_overrides(list(overrides))
+            plain = plain_keys(config_name)
+            groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+            late = [
+                entry
+                for entry in parsed
+                if entry.key_or_group in plain & groups and not uses_group(config_name, entry)
+            ]
+            early = [entry.input_line for entry in parsed if entry not in late]
+            config = hydra_compose(config_name, early, return_hydra_config=hydra_node)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, config_name, overrides) from error
+    for entry in late:
+        with open_dict(config):
+            config[entry.key_or_group] = entry.value()
+    return config
+
+
+def uses_group(config_name: str, override: Any) -> bool:
+    """Whether the primary config composes the group that an override names."""
+    defaults = OmegaConf.load(conf_folder() / f"{config_name}.yaml").get("defaults", [])
+    return any(
+        isinstance(entry, DictConfig) and override.key_or_group in entry for entry in defaults
+    )
+
+
+def explain(error: BaseException, config_name: str, overrides: Sequence[str]) -> SpeechSSMError:
+    """Turn an exception of Hydra or OmegaConf into one line that names the mistake and the choices."""
+    cause = root_cause(error)
+    if isinstance(cause, SpeechSSMError):
+        return cause
+    if isinstance(cause, OverrideParseException):
+        return UsageError(f"cannot read the override {cause.override!r}; write key=value")
+    if isinstance(cause, MissingConfigException):
+        return missing_config(cause, config_name)
+    if isinstance(cause, MissingMandatoryValue):
+        key = re.search(r"Missing mandatory value: (\S+)", str(cause))
+        name = key.group(1) if key else getattr(cause, "full_key", "a key")
+        return ConfigError(f"{name} is not set; add {name}=...")
+    unknown = re.search(r"Could not (?:override|append|delete).*?'([^']+)'", str(error))
+    if unknown and isinstance(error, ConfigCompositionException):
+        return unknown_key(unknown.group(1).split("@")[0], config_name, overrides)
+    if isinstance(error, InstantiationException):
+        full_key = re.search(r"full_key: (\S+)", str(error))
+        where = f"{full_key.group(1)}: " if full_key else ""
+        return ConfigError(f"{where}{one_line(cause)}")
+    return ConfigError(one_line(error))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first exception of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def missing_config(error: MissingConfigException, config_name: str) -> ConfigError:
+    """Unknown value of a group: `model=griffon`."""
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    options = sorted(error.options or group_options(group))
+    if group == "recipe":
+        stage, _, scale = name.rpartition("_")
+        return ConfigError(
+            f"no recipe for stage={stage} scale={scale}; there is: {', '.join(options) or 'none'}"
+        )
+    if not group:
+        return ConfigError(f"no config {name!r} in {conf_folder()}")
+    return ConfigError(
+        f"{group}={name} is unknown{guess(name, options)}; choose one of: {', '.join(options)}"
+    )
+
+
+def unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> ConfigError:
+    """Unknown key or group: lists what stands beside it in the config without that override."""
+    parent, _, name = key.rpartition(".")
+    rest = [entry for entry in overrides if entry.lstrip("+~").split("=")[0].split("@")[0] != key]
+    try:
+        config = compose(config_name, rest)
+        node = OmegaConf.select(config, parent) if parent else config
+        options = sorted(str(entry) for entry in node) if isinstance(node, DictConfig) else []
+    except SpeechSSMError:
+        options = []
+    where = f"in {parent}" if parent else "in the config"
+    if not options:
+        return ConfigError(f"{key} is unknown: this config has no {parent or 'such key'}")
+    return ConfigError(
+        f"{key} is unknown{guess(name, options)}; keys {where}: {', '.join(options)}"
+    )
+
+
+def guess(name: str, options: Sequence[str]) -> str:
+    """` (did you mean X?)` when an option is spelt almost like the name."""
+    close = difflib.get_close_matches(name, options, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,1 @@
+"""Where a run happens: training, resuming, sweeps, accelerators, callbacks, loggers."""
