@@ -1,0 +1,93 @@
+"""Causal convolutions whose past is an argument, so that any split of a stream gives equal results.
+
+A state is the stretch of input that later outputs still need; zeros stand for the silence before
+the beginning, exactly the left padding of a whole recording.
+
+Shape suffixes: B batch, C channels, T time, P past.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+State = tuple  # nested tuples of tensors whose first dimension is the batch
+
+
+class CausalConv(nn.Conv1d):
+    """Convolution over the past; with `stride` s it maps T samples to T / s outputs.
+
+    `forward(x_BCT, past_BCP) -> (y, past)`; T must be a multiple of the stride.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride=1, dilation=1):
+        super().__init__(in_channels, out_channels, kernel, stride=stride, dilation=dilation)
+        # With P = reach - stride of padding the last output sees exactly the last input.
+        self.past = (kernel - 1) * dilation + 1 - stride
+
+    def initial_state(self, batch_size: int, device=None, dtype=None) -> torch.Tensor:
+        return torch.zeros(batch_size, self.in_channels, self.past, device=device, dtype=dtype)
+
+    def forward(self, x_BCT: torch.Tensor, past_BCP: torch.Tensor):
+        x_BCT = torch.cat([past_BCP, x_BCT], dim=-1)
+        y_BCT = functional.conv1d(
+            x_BCT, self.weight, self.bias, stride=self.stride, dilation=self.dilation
+        )
+        return y_BCT, x_BCT[..., x_BCT.shape[-1] - self.past :]
+
+
+class CausalTransposedConv(nn.ConvTranspose1d):
+    """Upsampling by s with kernel 2 s: each output depends on the present and the last input.
+
+    `forward(x_BCT, last_BC1) -> (y with T * s samples, last)`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__(in_channels, out_channels, 2 * stride, stride=stride)
+
+    def initial_state(self, batch_size: int, device=None, dtype=None) -> torch.Tensor:
+        return torch.zeros(batch_size, self.in_channels, 1, device=device, dtype=dtype)
+
+    def forward(self, x_BCT: torch.Tensor, last_BC1: torch.Tensor):
+        stride = self.stride[0]
+        x_BCT = torch.cat([last_BC1, x_BCT], dim=-1)
+        y_BCT = functional.conv_transpose1d(x_BCT, self.weight, self.bias, stride=stride)
+        # The first s samples belong to the last input's own time, the last s are still unfinished.
+        return y_BCT[..., stride:-stride], x_BCT[..., -1:]
+
+
+class ResidualUnit(nn.Module):
+    """ELU, dilated convolution, ELU, pointwise convolution, added to the input."""
+
+    def __init__(self, channels: int, kernel: int, dilation: int):
+        super().__init__()
+        self.dilated = CausalConv(channels, channels, kernel, dilation=dilation)
+        self.pointwise = nn.Conv1d(channels, channels, 1)
+
+    def initial_state(self, batch_size: int, device=None, dtype=None) -> torch.Tensor:
+        return self.dilated.initial_state(batch_size, device, dtype)
+
+    def forward(self, x_BCT: torch.Tensor, state: torch.Tensor):
+        y_BCT, state = self.dilated(functional.elu(x_BCT), state)
+        return x_BCT + self.pointwise(functional.elu(y_BCT)), state
+
+
+class StreamingChain(nn.Sequential):
+    """Layers in order; the state is a tuple with one entry for each layer that has a past."""
+
+    def initial_state(self, batch_size: int, device=None, dtype=None) -> State:
+        return tuple(
+            layer.initial_state(batch_size, device, dtype)
+            for layer in self
+            if hasattr(layer, "initial_state")
+        )
+
+    def forward(self, x_BCT: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        pasts = iter(state)
+        updated = []
+        for layer in self:
+            if hasattr(layer, "initial_state"):
+                x_BCT, past = layer(x_BCT, next(pasts))
+                updated.append(past)
+            else:
+                x_BCT = layer(x_BCT)
+        return x_BCT, tuple(updated)
