@@ -19,7 +19,7 @@ class UnitDocument(NamedTuple):
 
 
 def iterate_samples(folder: str | Path, split: str) -> Iterator[dict]:
-    """Samples of a split of a shard folder, in shard order; raises ShardError as the reader does."""
+    """Samples of a split of a shard folder in shard order; raises ShardError as the reader does."""
     folder = Path(folder) / split
     for shard in read_index(folder).shards:
         yield from iterate_shard(folder / shard.name)

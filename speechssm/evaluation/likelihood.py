@@ -6,6 +6,7 @@ spoken by a synthesiser are never mixed unseen: every figure exists for real doc
 where synthetic ones are there, once more with both, labelled so.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +243,7 @@ def position_points(
     longest = min(reach, max((len(loss) for loss in losses), default=0))
     edges = position_edges(longest)
     points = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         means = np.array([loss[start:stop].mean() for loss in losses if len(loss) >= stop])
         if len(means) < least:
             break
