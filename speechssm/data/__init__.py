@@ -1,0 +1,1 @@
+"""Shards on disk, and the endless, resumable streams of fixed-shape batches that they feed."""
