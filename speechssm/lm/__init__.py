@@ -1,0 +1,1 @@
+"""Language models over speech units: Griffin and the Transformer baseline."""

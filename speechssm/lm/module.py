@@ -1,0 +1,79 @@
+"""Training of a language model over units. Legend: B batch, T time, D width."""
+
+import hydra
+import lightning
+import torch
+from torchmetrics import MeanMetric
+
+from speechssm.lm.loss import cross_entropy
+from speechssm.nn.documents import positions_in_document
+from speechssm.nn.optimization import build_optimizer
+
+# Context lengths whose share of the training tokens every run reports, in units.
+CONTEXTS = {"30s": 750, "4min": 5760, "16min": 24_000}
+
+
+class LanguageModelModule(lightning.LightningModule):
+    """Next-unit prediction on packed rows of units.
+
+    Batches: "inputs" int64 `[B, T]`, "targets" int64 `[B, T]` (-100 where no loss),
+    "document_start" bool `[B, T]`.
+
+    Logs train/loss and val/loss (nats per unit), train/gradient_norm (before clipping),
+    train/tokens (seen so far, all ranks), and train/context_30s, _4min, _16min: the share of the
+    tokens seen so far that could look back at that much of their own document.
+
+    Args:
+        model: config of the network, with its `_target_`.
+        optimizer: config for `build_optimizer`.
+    """
+
+    def __init__(self, model: dict, optimizer: dict):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = hydra.utils.instantiate(model)
+        self.optimizer_config = optimizer
+        self.validation_loss = MeanMetric(nan_strategy="disable")
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("tokens_with_context", torch.zeros(len(CONTEXTS), dtype=torch.int64))
+
+    def summed_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss in nats and the number of targets."""
+        hidden_BTD, _ = self.model(batch["inputs"], batch["document_start"])
+        return cross_entropy(hidden_BTD, batch["targets"], self.model.logits, self.model.vocab_size)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
+        total, count = self.summed_loss(batch)
+        loss = total / count.clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True)
+        self._log_context(batch["document_start"])
+        return loss
+
+    def _log_context(self, document_start_BT: torch.Tensor) -> None:
+        context_BT = positions_in_document(document_start_BT) + 1
+        lengths = torch.tensor(list(CONTEXTS.values()), device=context_BT.device)
+        self.tokens_with_context += (context_BT[..., None] >= lengths).sum((0, 1))
+        self.tokens_seen += document_start_BT.numel()
+        world_size = self.trainer.world_size
+        self.log("train/tokens", (self.tokens_seen * world_size).float())
+        shares = self.tokens_with_context / self.tokens_seen
+        for name, share in zip(CONTEXTS, shares, strict=True):
+            self.log(f"train/context_{name}", share)
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> None:
+        total, count = self.summed_loss(batch)
+        self.validation_loss.update(total / count.clamp(min=1), count)
+        self.log("val/loss", self.validation_loss, prog_bar=True, batch_size=len(batch["inputs"]))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def configure_optimizers(self) -> dict:
+        optimizer, schedule = build_optimizer(
+            self.model.parameters(), self.optimizer_config, self.trainer.max_steps
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
