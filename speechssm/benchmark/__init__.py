@@ -1,1 +1,1 @@
-"""Speed and memory: one module per subject, each with one `run_*` function."""
+"""Speed and memory: one module per subject, each with one function `run_SUBJECT(out, ...)`."""

@@ -19,12 +19,10 @@ from speechssm.evaluation.documents import UnitDocument, iterate_units, vocabula
 from speechssm.evaluation.ngrams import Bigram
 from speechssm.evaluation.results import progress_bar, write_results
 from speechssm.evaluation.statistics import bootstrap_ratio
-from speechssm.report.plots import Line, plot_dots, plot_position
+from speechssm.report.figures import BOTH, REAL, likelihood_figure, position_figure
 from speechssm.report.rows import Comparison, Row
 from speechssm.report.style import save_figure
 
-REAL = "real documents"
-BOTH = "real and synthetic documents"
 REQUIRED_MARGIN = 0.1
 LEAST_DOCUMENTS = 3
 REACH = 4  # curves go to so many times the training length
@@ -292,60 +290,11 @@ def position_curves(
     return curves
 
 
-def curve_plot(curves: list[dict], scope: str):
-    """The figure of loss against position for one scope; None where no curve has a point."""
-    chosen = [curve for curve in curves if curve["scope"] == scope and curve["points"]]
-    if not chosen:
-        return None
-    lines, marks, colour = [], [], 0
-    for curve in sorted(chosen, key=lambda curve: curve["baseline"]):
-        baseline = curve["baseline"]
-        points = curve["points"]
-        shown = -1 if baseline else colour
-        lines.append(
-            Line(
-                curve["system"],
-                [point["seconds"] for point in points],
-                [point["value"] for point in points],
-                None if baseline else [point["low"] for point in points],
-                None if baseline else [point["high"] for point in points],
-                colour=shown,
-                dashed=baseline and curve["system"] == "bigram",
-            )
-        )
-        if not baseline:
-            if curve["training_length"]:
-                seconds = curve["training_length"] / curve["rate"]
-                marks.append(("training length", seconds, colour))
-            colour += 1
-    longest = max(chosen, key=lambda curve: len(curve["points"]))["points"]
-    counts = Line(
-        "", [point["seconds"] for point in longest], [point["n"] for point in longest], colour=-1
-    )
-    return plot_position(lines, counts, "nats per unit", marks=marks, minimum=LEAST_DOCUMENTS)
-
-
-def summary_plot(rows: list[Row], metric: str = "nats_per_unit"):
-    """Nats per unit of each system with its interval; None without rows of the metric."""
-    chosen = [row for row in rows if row.name == metric and row.value is not None]
-    if not chosen:
-        return None
-    baselines = ("unigram", "bigram")
-    return plot_dots(
-        [row.system for row in chosen],
-        [row.value for row in chosen],
-        [row.low for row in chosen],
-        [row.high for row in chosen],
-        "nats per unit on held-out documents (lower is better)",
-        colours=[-1 if row.system in baselines else 0 for row in chosen],
-    )
-
-
 def save_plots(out: Path, rows: list[Row], curves: list[dict], scopes: list[str]) -> None:
     """Write the plots of an evaluation beside its metrics."""
     for scope in scopes:
         suffix = "" if scope == REAL else "_with_synthetic"
-        if (drawing := summary_plot(rows, f"nats_per_unit{suffix}")) is not None:
+        if (drawing := likelihood_figure(rows, f"nats_per_unit{suffix}")) is not None:
             save_figure(drawing, out / f"nats_per_unit{suffix}.svg")
-        if (drawing := curve_plot(curves, scope)) is not None:
+        if (drawing := position_figure(curves, scope)) is not None:
             save_figure(drawing, out / f"position{suffix}.svg")

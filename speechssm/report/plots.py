@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from speechssm.report.style import GRID, INK, MUTED, SERIES, figure
+from speechssm.report.style import INK, MUTED, SERIES, figure
 
 TIME_TICKS = {
     0.2: "0.2 s", 1: "1 s", 4: "4 s", 10: "10 s", 30: "30 s", 60: "1 min", 240: "4 min",
@@ -78,6 +78,7 @@ def plot_lines(
     height: float = 2.9,
     width: float = 7.2,
     from_zero: bool = False,
+    legend_columns: int = 4,
 ) -> Figure:
     """An ordinary chart of one or more lines."""
     with figure(width, height) as (drawing, (axes,)):
@@ -90,7 +91,7 @@ def plot_lines(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         if len(lines) > 1:
-            legend(axes)
+            legend(axes, legend_columns)
         return drawing
 
 
@@ -259,9 +260,3 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
         float(np.nanmean(numbers[max(0, place - half) : place + half + 1]))
         for place in range(len(numbers))
     ]
-
-
-__all__ = [
-    "GRID", "Line", "plot_against_time", "plot_dots", "plot_lines", "plot_memory",
-    "plot_position", "plot_spectrogram", "smooth",
-]  # fmt: skip

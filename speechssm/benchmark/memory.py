@@ -1,0 +1,83 @@
+"""How much memory a process holds, measured in ways that do not hide each other's leaks."""
+
+import ctypes
+import gc
+import math
+import sys
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd",
+            "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+class MemoryReading(NamedTuple):
+    """One reading, in bytes unless named otherwise.
+
+    `allocated`: what native code and big Python objects hold (all tensors and arrays on the CPU
+    are in it); NaN without glibc. `python_blocks`: number of small Python objects' blocks.
+    `tensors`: storages of all tensors that Python can reach, each counted once. `resident`: pages
+    of the process in RAM, which also counts freed memory that the allocator keeps.
+    """
+
+    allocated: float
+    python_blocks: int
+    tensors: int
+    resident: int
+
+
+def allocated_bytes() -> float:
+    """Bytes handed out by glibc's malloc and not freed, over all arenas; NaN elsewhere."""
+    try:
+        function = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return math.nan
+    function.restype = MallocInfo
+    info = function()
+    return info.uordblks + info.hblkhd
+
+
+def tensor_bytes() -> int:
+    """Bytes of the storages of all live tensors that the garbage collector knows."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            try:
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):  # meta, fake and functional tensors
+                continue
+    return sum(storages.values())
+
+
+def read_memory() -> MemoryReading:
+    """Collect garbage, then read. Objects that were there at `gc.freeze()` are not searched."""
+    gc.collect()
+    return MemoryReading(
+        allocated_bytes(),
+        sys.getallocatedblocks(),
+        tensor_bytes(),
+        psutil.Process().memory_info().rss,
+    )
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors in a nested state of tuples, lists and mappings."""
+    if isinstance(state, torch.Tensor):
+        return state.element_size() * state.numel()
+    if isinstance(state, dict):
+        return sum(map(state_bytes, state.values()))
+    if isinstance(state, (tuple, list)):
+        return sum(map(state_bytes, state))
+    return 0

@@ -1,0 +1,292 @@
+"""Bench of the whole pipeline: does speaking on and on cost more memory or more time?
+
+Part one speaks for at least 50 windows and reads memory and time after each. Part two runs the
+language model alone to far positions and measures its state and the time of a step there.
+
+Shapes: B batch, T time.
+"""
+
+import gc
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from speechssm.benchmark.memory import MemoryReading, read_memory, state_bytes
+from speechssm.errors import ConfigError
+from speechssm.evaluation.results import progress_bar, write_results
+from speechssm.evaluation.statistics import Slope, fit_slope
+from speechssm.pipeline import generate
+from speechssm.report.figures import memory_figure, state_figure, step_time_figure
+from speechssm.report.rows import Row
+from speechssm.report.style import save_figure
+
+KIB, MIB = 1024.0, 1024.0**2
+LEAST_WINDOWS = 50
+# A slope that is certainly below this is called none: a quarter page of memory per window, less
+# than 200 KiB in an hour of speech in 30 s windows.
+NEGLIGIBLE_KIB = 1.0
+WARM_UP_WINDOWS = 5
+
+
+def run_pipeline(
+    out: str | Path,
+    *,
+    tokenizer,
+    lm,
+    soundstorm,
+    codec,
+    windows: int = 60,
+    window_seconds: float = 5.0,
+    overlap_seconds: float = 0.4,
+    positions: int = 24_000,
+    steps: int = 40,
+    quick: bool = False,
+    seed: int = 0,
+    voice: tuple[np.ndarray, int] | None = None,
+    details: Mapping[str, object] | None = None,
+    show_progress: bool = True,
+) -> list[Row]:
+    """Measure memory and time per generated window, and state and time per token by position.
+
+    Windows are short by default (3 s of voice prompt and 2 s of content), so that the bench takes
+    under a minute on two CPU cores with the demo models; whether memory grows does not depend on
+    their length.
+
+    Args:
+        out: folder for bench.json, table.md and the plots.
+        tokenizer, lm, soundstorm, codec: as `speechssm.load` returns them.
+        windows: how many to generate; `quick` makes it at most 12 and `positions` at most 3000.
+        window_seconds, overlap_seconds: of the synthesis, the 3 s prompt included in the window.
+        positions: tokens up to which the language model is run.
+        steps: single steps that are timed at each measured position (median).
+        voice: (audio, rate); the package's own voice unless given.
+        details: `config_hash`, `model`, `scale` for the rows.
+
+    Returns:
+        The rows written. `memory_slope` rows are KiB per window with their 95% interval (see
+        `fit_slope`), after 5 windows of warm-up.
+
+    Raises:
+        ConfigError: fewer than 50 windows without `quick`.
+    """
+    if quick:
+        windows, positions = min(windows, 12), min(positions, 3000)
+    elif windows < LEAST_WINDOWS:
+        raise ConfigError(
+            f"windows={windows}: a slope needs at least {LEAST_WINDOWS}; or say quick=true"
+        )
+    details = dict(details or {})
+    details.setdefault("seed", seed)
+    with progress_bar(show_progress) as progress:
+        task = progress.add_task("speaking window after window", total=windows)
+        readings, seconds, speech_seconds = measure_windows(
+            windows,
+            tokenizer=tokenizer,
+            lm=lm,
+            soundstorm=soundstorm,
+            codec=codec,
+            window_seconds=window_seconds,
+            overlap_seconds=overlap_seconds,
+            seed=seed,
+            voice=voice,
+            advance=lambda: progress.advance(task),
+        )
+        task = progress.add_task("language model at far positions", total=positions)
+        points = measure_positions(
+            lm, positions, steps=steps, advance=lambda tokens: progress.advance(task, tokens)
+        )
+    shape = f"windows of {window_seconds:g} s, overlap {overlap_seconds:g} s"
+    rows, slopes = memory_rows(readings, shape, details)
+    # The first window waits for more units than the others, and warms up.
+    later = seconds[1:]
+    rows += [
+        Row("seconds_per_window", "pipeline", "", float(np.median(later)), "s",
+            *map(float, np.quantile(later, [0.025, 0.975])), len(later), shape=shape, **details),
+        Row("real_time_factor", "pipeline", "", float(seconds.sum()) / speech_seconds, "s/s",
+            n=len(seconds), shape=shape, **details),
+    ]  # fmt: skip
+    rows += position_rows(points, tokenizer.rate, details)
+    sections = {
+        "windows": [
+            {"window": index, "seconds": seconds[index]}
+            | {kind: values[index] for kind, values in readings.items()}
+            for index in range(len(seconds))
+        ],
+        "slopes": {name: slope._asdict() for name, slope in slopes.items()},
+        "positions": points,
+        "rate": tokenizer.rate,
+        "warm_up_windows": WARM_UP_WINDOWS,
+    }
+    out = Path(out)
+    write_results(
+        out, rows, title="Pipeline: memory and time", file="bench.json", sections=sections
+    )
+    save_figure(memory_figure(sections), out / "memory.svg")
+    save_figure(state_figure({"": sections}), out / "state.svg")
+    save_figure(step_time_figure({"": sections}), out / "time_per_token.svg")
+    return rows
+
+
+def measure_windows(
+    windows: int,
+    *,
+    seed: int,
+    advance,
+    voice: tuple[np.ndarray, int] | None,
+    **options: Any,
+) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+    """Generate `windows` chunks without a prompt; memory after each and time of each.
+
+    Returns:
+        Readings by kind (fields of `MemoryReading`, without those that cannot be had here) and
+        seconds, one per chunk, and the seconds of speech that the chunks hold together.
+    """
+    rate = options["codec"].sample_rate
+    stream = generate(None, None, None, seed, voice=voice, **options)
+    gc.collect()
+    # Modules, code and weights are not searched again at each reading.
+    gc.freeze()
+    # Room for all readings beforehand: a growing list would be the leak that it looks for.
+    readings = np.zeros((windows, len(MemoryReading._fields)))
+    seconds, samples = np.zeros(windows), 0
+    try:
+        for index in range(windows):
+            begun = time.perf_counter()
+            samples += len(next(stream).audio)
+            seconds[index] = time.perf_counter() - begun
+            readings[index] = read_memory()
+            advance()
+    finally:
+        stream.close()
+        gc.unfreeze()
+    return (
+        {
+            kind: values
+            for kind, values in zip(MemoryReading._fields, readings.T, strict=True)
+            if not np.isnan(values).any()
+        },
+        seconds,
+        samples / rate,
+    )
+
+
+def memory_rows(
+    readings: Mapping[str, np.ndarray], shape: str, details: Mapping[str, object]
+) -> tuple[list[Row], dict[str, Slope]]:
+    """A row for the level and the slope of each kind of memory, and the fitted slopes."""
+    rows, slopes = [], {}
+    kinds = {
+        "allocated": ("KiB/window", KIB),
+        "tensors": ("KiB/window", KIB),
+        "resident": ("KiB/window", KIB),
+        "python_blocks": ("blocks/window", 1.0),
+    }
+    for kind, values in readings.items():
+        unit, divisor = kinds[kind]
+        warm_up = min(WARM_UP_WINDOWS, len(values) - 5)
+        numbers = values[warm_up:] / divisor
+        slope = slopes[kind] = fit_slope(np.arange(warm_up, len(values)), numbers)
+        rows.append(Row("memory_slope", kind, "", slope.value, unit, slope.low, slope.high,
+                        slope.n, shape=shape, **details))  # fmt: skip
+        if divisor == KIB:
+            rows.append(Row("memory", kind, "", float(np.mean(numbers)) / KIB, "MiB",
+                            n=len(numbers), shape=shape, **details))  # fmt: skip
+    return rows, slopes
+
+
+def no_growth(slope: Slope) -> bool:
+    """True where memory does not grow: the interval holds zero or lies below, or is negligible.
+
+    `slope` in KiB per window. Negligible means that even its upper end is below 1 KiB.
+    """
+    return slope.low <= 0 or slope.high < NEGLIGIBLE_KIB
+
+
+def measured_positions(last: int) -> list[int]:
+    """0, then doublings of 250 tokens (10 s) up to `last`, and `last` itself."""
+    places = [0]
+    step = 250
+    while step < last:
+        places.append(step)
+        step *= 2
+    return [*places, last]
+
+
+@torch.inference_mode()
+def measure_positions(
+    lm: torch.nn.Module,
+    last: int,
+    *,
+    steps: int = 40,
+    chunk: int = 500,
+    advance=lambda tokens: None,
+) -> list[dict[str, float]]:
+    """State bytes and time of one-token steps at growing positions.
+
+    The positions between are passed in chunks of random units: neither the size of the state nor
+    the time of a step depends on what was said.
+
+    Returns:
+        Dicts with position, state_bytes, milliseconds, low and high (middle half of the steps).
+    """
+    device = next(lm.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(lm.vocab_size, (1, length), generator=generator).to(device)
+
+    places = measured_positions(last)
+    state = lm.initial_state(1, max_positions=last + steps * len(places))
+    position, points = 0, []
+    for place in places:
+        while position < place:
+            length = min(chunk, place - position)
+            _, state = lm(tokens(length), state=state)
+            position += length
+            advance(length)
+        times = []
+        for _ in range(steps):
+            token_BT = tokens(1)
+            begun = time.perf_counter()
+            hidden_BTD, state = lm(token_BT, state=state)
+            # Reading a value waits for the device, as sampling does.
+            lm.logits(hidden_BTD)[0, -1, 0].item()
+            times.append((time.perf_counter() - begun) * 1000)
+        position += steps
+        low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
+        points.append(
+            {
+                "position": position,
+                # Of a state made for just so many tokens: an attention cache may be made in full
+                # at the start, and would seem not to grow.
+                "state_bytes": state_bytes(lm.initial_state(1, max_positions=position)),
+                "milliseconds": float(middle),
+                "low": float(low),
+                "high": float(high),
+            }
+        )
+    return points
+
+
+def position_rows(points: list[dict], rate: int, details: Mapping[str, object]) -> list[Row]:
+    """State and time at the first and the last position, and their ratio."""
+    first, last = points[0], points[-1]
+    rows = []
+    for point in (first, last):
+        place = f"position {point['position']} ({point['position'] / rate:.0f} s)"
+        rows += [
+            Row("state_memory", "language model", "", point["state_bytes"] / KIB, "KiB",
+                shape=place, **details),
+            Row("time_per_token", "language model", "", point["milliseconds"], "ms",
+                point["low"], point["high"], shape=place, **details),
+        ]  # fmt: skip
+    rows.append(
+        Row("state_growth", "language model", "", last["state_bytes"] / first["state_bytes"],
+            "ratio", shape=f"position {last['position']} against {first['position']}",
+            **details)
+    )  # fmt: skip
+    return rows
