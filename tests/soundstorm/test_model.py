@@ -1,0 +1,161 @@
+"""Shapes: B batch, Q quantiser levels, T codec frames, U units, C codebook size."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from speechssm.errors import ConfigError
+from speechssm.soundstorm.loss import evaluate_levels, masked_score
+from speechssm.soundstorm.masking import draw, training_mask
+from speechssm.soundstorm.model import SoundStorm
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+SIZES = dict(
+    unit_vocab_size=11,
+    codebook_size=13,
+    num_quantizers=3,
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    ffn_width=32,
+    conv_kernel=3,
+)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return SoundStorm(**SIZES).eval()
+
+
+def batch(rows=2, units=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(0, 13, (rows, 3, 2 * units), generator=generator),
+        torch.randint(0, 11, (rows, units), generator=generator),
+    )
+
+
+def test_a_level_tensor_gives_each_row_the_head_of_its_level(model):
+    hidden_BTD = torch.randn(3, 5, 16)
+    mixed = model.logits(hidden_BTD, torch.tensor([2, 0, 1]))
+    for row, level in enumerate([2, 0, 1]):
+        torch.testing.assert_close(mixed[row], model.logits(hidden_BTD, level)[row])
+
+
+def test_a_frame_is_the_sum_of_its_levels_and_of_its_repeated_unit(model):
+    codes_BQT, units_BU = batch()
+    seen = {}
+    model.conformer.register_forward_pre_hook(lambda _, arguments: seen.update(x=arguments[0]))
+    model(codes_BQT, units_BU)
+    for frame in range(12):
+        expected = model.unit_embedding.weight[units_BU[1, frame // 2]]
+        for level in range(3):
+            expected = expected + model.level_embedding_QCD[level, codes_BQT[1, level, frame]]
+        torch.testing.assert_close(seen["x"][1, frame], expected)
+
+
+def test_every_level_has_a_mask_id_of_its_own(model):
+    codes_BQT, units_BU = batch()
+    hidden = []
+    for level in range(3):
+        masked = codes_BQT.clone()
+        masked[:, level] = model.mask_id
+        hidden.append(model(masked, units_BU))
+    assert not torch.allclose(hidden[0], hidden[1]) and not torch.allclose(hidden[1], hidden[2])
+
+
+def test_attention_is_bidirectional_and_padding_does_not_matter(model):
+    codes_BQT, units_BU = batch()
+    valid_BT = torch.arange(12)[None].expand(2, -1) < 8
+    base = model(codes_BQT, units_BU, valid_BT)
+    last_changed, padding_changed = units_BU.clone(), units_BU.clone()
+    last_changed[:, 3] = (units_BU[:, 3] + 1) % 11
+    padding_changed[:, 4:] = (units_BU[:, 4:] + 1) % 11
+    assert not torch.allclose(model(codes_BQT, last_changed, valid_BT)[:, 0], base[:, 0])
+    torch.testing.assert_close(model(codes_BQT, padding_changed, valid_BT)[:, :8], base[:, :8])
+
+
+def test_positions_matter(model):
+    codes_BQT, units_BU = batch()
+    codes_BQT[:], units_BU[:] = 1, 2
+    units_BU[:, 0] = 3
+    hidden_BTD = model(codes_BQT, units_BU)
+    assert not torch.allclose(hidden_BTD[0, 6], hidden_BTD[0, 7], atol=1e-5)
+
+
+def test_gradient_reaches_the_logits_of_masked_tokens_of_the_drawn_level_only(model):
+    codes_BQT, units_BU = batch(rows=8)
+    length_B = torch.tensor([12, 12, 8, 12, 6, 12, 12, 2])
+    mask = training_mask(draw(8, 12, generator=torch.Generator().manual_seed(3)), length_B, 3)
+    kept = {}
+
+    def keep(hidden_BTD, level):
+        kept["logits"] = SoundStorm.logits(model, hidden_BTD, level)
+        kept["logits"].retain_grad()
+        return kept["logits"]
+
+    model.logits = keep
+    masked_score(model, codes_BQT, units_BU, length_B, mask).nats_B.sum().backward()
+    touched_BT = (kept["logits"].grad != 0).any(-1)
+    assert torch.equal(touched_BT, mask.target_BT) and touched_BT.any()
+    drawn = set(mask.level_B[mask.target_BT.any(1)].tolist())
+    for level in range(3):
+        touched = bool((model.head_weight_QCD.grad[level] != 0).any())
+        assert touched == (level in drawn)
+
+
+def test_the_loss_is_the_mean_negative_log_probability_of_the_hidden_codes(model):
+    codes_BQT, units_BU = batch(rows=4)
+    length_B = torch.tensor([12, 10, 12, 6])
+    mask = training_mask(draw(4, 12, generator=torch.Generator().manual_seed(5)), length_B, 3)
+    score = masked_score(model, codes_BQT, units_BU, length_B, mask)
+    expected, tokens = torch.zeros(4), torch.zeros(4)
+    for row in range(4):
+        level, length = mask.level_B[row].item(), length_B[row].item()
+        seen = codes_BQT[row : row + 1, :, :length].clone()
+        seen[mask.hidden_BQT[row : row + 1, :, :length]] = 13
+        logits_TC = model.logits(model(seen, units_BU[row : row + 1, : length // 2]), level)[0]
+        for frame in mask.target_BT[row].nonzero()[:, 0].tolist():
+            expected[row] -= logits_TC[frame].log_softmax(-1)[codes_BQT[row, level, frame]].item()
+            tokens[row] += 1
+    torch.testing.assert_close(score.nats_B, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(score.tokens_B, tokens)
+
+
+def test_held_out_figures_repeat_and_start_near_the_uniform_distribution(model):
+    codes_BQT, units_BU = batch(rows=4, units=20)
+    batches = [{"codes": codes_BQT, "units": units_BU, "length": torch.tensor([40, 40, 30, 20])}]
+    first, second = (evaluate_levels(model, batches, seed=1) for _ in range(2))
+    assert first == second and first != evaluate_levels(model, batches, seed=2)
+    assert len(first["nats"]) == 3
+    for nats in first["nats"]:
+        assert abs(nats - torch.tensor(13.0).log().item()) < 0.3
+
+
+@pytest.mark.parametrize(("levels", "frames"), [(2, 12), (3, 11)])
+def test_codes_of_another_codec_or_length_are_refused_in_one_line(model, levels, frames):
+    with pytest.raises(ConfigError) as caught:
+        model(torch.zeros(1, levels, frames, dtype=torch.int64), torch.zeros(1, 6).long())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="unit_vocab_size"):
+        SoundStorm(**(SIZES | {"unit_vocab_size": 0}))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "millions"),
+    [("soundstorm_demo", 4, (4, 8)), ("soundstorm_350m", 12, (340, 360)),
+     ("soundstorm_600m", 24, (590, 650))],
+)  # fmt: skip
+def test_configs_have_the_published_size(name, layers, millions):
+    with torch.device("meta"):
+        model = hydra.utils.instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert millions[0] <= count <= millions[1]
+    assert len(model.conformer.layers) == layers
