@@ -10,10 +10,15 @@ Shape suffixes: B batch, T frames, D code width, Q quantiser levels, K codebook 
 """
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from speechssm.errors import ConfigError, FingerprintError
+from speechssm.nn.vector_quantization import (
+    Float32Buffers,
+    rank_and_world,
+    sum_over_ranks,
+    without_autocast,
+)
 
 # Two primes larger than any batch: a cheap walk over the frames of a batch that looks random.
 FRAME_STRIDE, UPDATE_STRIDE = 1_000_003, 15_485_863
@@ -21,7 +26,8 @@ FRAME_STRIDE, UPDATE_STRIDE = 1_000_003, 15_485_863
 
 def nearest(x_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
     """Index of the Euclidean nearest code, int64 [N]. One matrix product; x squared is constant."""
-    score_NK = x_ND @ codebook_KD.T - 0.5 * codebook_KD.square().sum(-1)
+    with without_autocast(x_ND.device.type):
+        score_NK = x_ND @ codebook_KD.T - 0.5 * codebook_KD.square().sum(-1)
     return score_NK.argmax(-1)
 
 
@@ -36,14 +42,7 @@ def assignments(
     return count_K, sum_KD
 
 
-def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Adds `tensor` over all data-parallel processes (itself when there is one)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-class ResidualVectorQuantizer(nn.Module):
+class ResidualVectorQuantizer(Float32Buffers):
     """Q codebooks, each of which quantises what the levels before it left over.
 
     The codebooks are buffers: moving averages of the frames assigned to them, not parameters.
@@ -138,8 +137,8 @@ class ResidualVectorQuantizer(nn.Module):
         """One step of the moving averages of a level, and new places for its dead codes."""
         count_K, sum_KD = assignments(residual_ND, indices_N, self.codebook_size)
         keep = self.ema_decay
-        count_K = keep * self.count_QK[level] + (1 - keep) * sum_over_processes(count_K)
-        sum_KD = keep * self.sum_QKD[level] + (1 - keep) * sum_over_processes(sum_KD)
+        count_K = keep * self.count_QK[level] + (1 - keep) * sum_over_ranks(count_K)
+        sum_KD = keep * self.sum_QKD[level] + (1 - keep) * sum_over_ranks(sum_KD)
         mean_count = count_K.mean()
         dead_K1 = (count_K < self.dead_code_threshold * mean_count)[:, None]
         fresh_KD = self._frames(residual_ND, level)
@@ -156,10 +155,9 @@ class ResidualVectorQuantizer(nn.Module):
         order_K = torch.arange(self.codebook_size, device=x_ND.device)
         offset = (self.updates * self.num_quantizers + level) * UPDATE_STRIDE
         fresh_KD = x_ND[(order_K * FRAME_STRIDE + offset) % x_ND.shape[0]]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            fresh_KD = fresh_KD.clone()
-            torch.distributed.broadcast(fresh_KD, src=0)
-        return fresh_KD
+        rank, world = rank_and_world()
+        # Code k comes from the rank k mod world: the same codebooks everywhere.
+        return sum_over_ranks(fresh_KD * (order_K % world == rank)[:, None])
 
     @torch.no_grad()
     def fit(self, x_BTD: torch.Tensor, iterations: int = 10) -> None:
@@ -173,7 +171,7 @@ class ResidualVectorQuantizer(nn.Module):
             for _ in range(iterations):
                 indices_N = nearest(residual_ND, codebook_KD)
                 count_K, sum_KD = assignments(residual_ND, indices_N, self.codebook_size)
-                count_K, sum_KD = sum_over_processes(count_K), sum_over_processes(sum_KD)
+                count_K, sum_KD = sum_over_ranks(count_K), sum_over_ranks(sum_KD)
                 mean_KD = sum_KD / count_K[:, None].clamp(min=1)
                 codebook_KD = torch.where(count_K[:, None] > 0, mean_KD, codebook_KD)
             mean_count = count_K.mean()
