@@ -1,4 +1,4 @@
-"""Transcripts, as the sentencepiece model is fitted on them and as the tokenizer's CTC sees them."""
+"""Transcripts, as the sentencepiece model is fitted on them and as the CTC head sees them."""
 
 import re
 from functools import cached_property

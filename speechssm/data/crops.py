@@ -1,0 +1,166 @@
+"""Random crops of fixed length out of audio and code shards.
+
+Where a crop begins is drawn from (seed, example number), so it differs in every pass and is the
+same after a resume and for any number of workers.
+"""
+
+import io
+import math
+
+import numpy as np
+import soundfile
+import torch
+
+from speechssm.data.shards import ShardIndex
+from speechssm.data.stream import Batch, SampleOrder, ShardReaders
+from speechssm.data.text import TextEncoder
+from speechssm.errors import ConfigError, ShardError
+
+
+class _Crops:
+    """What audio and code crops share: the order, the readers, the draw."""
+
+    def __init__(self, index: ShardIndex, seed: int, mix_shards: int) -> None:
+        if not index.samples:
+            raise ShardError(
+                f"{index.folder} holds no samples; look at `skipped` in its index.json"
+            )
+        self.seed = seed
+        self.order = SampleOrder([s.samples for s in index.shards], seed, mix_shards)
+        self.readers = ShardReaders(index, keep=2 * mix_shards)
+
+    def start(self, number: int, length: int, crop: int) -> int:
+        """Where the crop of example `number` begins in a sample of `length`."""
+        generator = np.random.default_rng([self.seed, number, 2])
+        return int(generator.integers(0, max(length - crop, 0), endpoint=True))
+
+
+class AudioCrops(_Crops):
+    """Crops of recordings, with transcripts where a whole utterance fits.
+
+    Args:
+        index: of one split of audio shards.
+        num_samples: S, audio samples per crop.
+        sample_rate: Hz; shards of another rate are refused.
+        seed, mix_shards: see SampleOrder.
+        text: None to leave transcripts out.
+        max_text_length: L; a longer transcript counts as none.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        num_samples: int,
+        sample_rate: int,
+        seed: int,
+        mix_shards: int,
+        text: TextEncoder | None,
+        max_text_length: int,
+    ) -> None:
+        super().__init__(index, seed, mix_shards)
+        self.num_samples, self.sample_rate = num_samples, sample_rate
+        self.text, self.max_text_length = text, max_text_length
+
+    def batch(self, numbers: range) -> Batch:
+        """`audio` float32 [B, S], `audio_length` int64 [B], `text` int64 [B, L] (padded with 0)
+        and `text_length` int64 [B] (0 = no transcript, or not of all the audio in the row).
+        """
+        audio = np.zeros((len(numbers), self.num_samples), dtype=np.float32)
+        audio_length = np.zeros(len(numbers), dtype=np.int64)
+        text = np.zeros((len(numbers), self.max_text_length), dtype=np.int64)
+        text_length = np.zeros(len(numbers), dtype=np.int64)
+        for row, number in enumerate(numbers):
+            shard, sample_number = self.order.locate(number)
+            reader = self.readers[shard]
+            sample = reader.sample(sample_number)
+            name = f"{reader.path}: {sample['__key__']}.flac"
+            crop, whole = self._decode(sample["flac"], number, name)
+            audio[row, : len(crop)] = crop
+            audio_length[row] = len(crop)
+            transcript = sample["json"].get("text")
+            if self.text is not None and whole and transcript:
+                ids = self.text.encode(transcript)
+                if len(ids) <= self.max_text_length:
+                    text[row, : len(ids)] = ids
+                    text_length[row] = len(ids)
+        return {
+            "audio": torch.from_numpy(audio),
+            "audio_length": torch.from_numpy(audio_length),
+            "text": torch.from_numpy(text),
+            "text_length": torch.from_numpy(text_length),
+        }
+
+    def _decode(self, flac: bytes, number: int, name: str) -> tuple[np.ndarray, bool]:
+        """The crop, float32 of at most S samples, and whether it is the whole sample."""
+        try:
+            with soundfile.SoundFile(io.BytesIO(flac)) as file:
+                rate, length = file.samplerate, file.frames
+                file.seek(self.start(number, length, self.num_samples))
+                crop = file.read(self.num_samples, dtype="float32")
+        except soundfile.SoundFileError as error:
+            raise ShardError(
+                f"{name} cannot be decoded ({error}); delete the shard and prepare the corpus again"
+            ) from error
+        if rate != self.sample_rate or crop.ndim != 1:
+            raise ShardError(
+                f"{name} is not mono at {self.sample_rate} Hz (but {rate} Hz); prepare the corpus "
+                "again, or set data.sample_rate"
+            )
+        return crop, length <= self.num_samples
+
+
+class CodeCrops(_Crops):
+    """Crops of codec frames and the units that stand for the same time.
+
+    Args:
+        index: of one split of code shards.
+        seconds: length of a crop.
+        seed, mix_shards: see SampleOrder.
+
+    Raises:
+        ConfigError: `seconds` is not a whole number of units.
+    """
+
+    def __init__(self, index: ShardIndex, *, seconds: float, seed: int, mix_shards: int) -> None:
+        super().__init__(index, seed, mix_shards)
+        self.num_quantizers = int(index.metadata["num_quantizers"])
+        rate, frame_rate = index.metadata["rate"], index.metadata["frame_rate"]
+        self.frames_per_unit = round(frame_rate / rate)
+        self.num_units = round(seconds * rate)
+        if self.num_units < 1 or not math.isclose(self.num_units, seconds * rate, abs_tol=1e-6):
+            raise ConfigError(
+                f"data.seconds={seconds} is not a whole number of units at {rate:g} per second; "
+                f"try {max(self.num_units, 1) / rate:g}"
+            )
+
+    def batch(self, numbers: range) -> Batch:
+        """`codes` int64 [B, Q, T], `units` int64 [B, T // frames per unit], both padded with 0,
+        and `length` int64 [B], the frames that are not padding.
+        """
+        num_frames = self.num_units * self.frames_per_unit
+        codes = np.zeros((len(numbers), self.num_quantizers, num_frames), dtype=np.int64)
+        units = np.zeros((len(numbers), self.num_units), dtype=np.int64)
+        lengths = np.zeros(len(numbers), dtype=np.int64)
+        for row, number in enumerate(numbers):
+            shard, sample_number = self.order.locate(number)
+            sample = self.readers[shard].sample(sample_number)
+            all_units, all_codes = sample["units.npy"], sample["codes.npy"]
+            expected = (self.num_quantizers, len(all_units) * self.frames_per_unit)
+            if all_codes.shape != expected:
+                raise ShardError(
+                    f"{self.readers[shard].path}: {sample['__key__']}.codes.npy has the shape "
+                    f"{list(all_codes.shape)} instead of {list(expected)}; delete the folder and "
+                    "encode again"
+                )
+            start = self.start(number, len(all_units), self.num_units)
+            count = min(self.num_units, len(all_units) - start)
+            frames = slice(start * self.frames_per_unit, (start + count) * self.frames_per_unit)
+            lengths[row] = count * self.frames_per_unit
+            codes[row, :, : lengths[row]] = all_codes[:, frames]
+            units[row, :count] = all_units[start : start + count]
+        return {
+            "codes": torch.from_numpy(codes),
+            "units": torch.from_numpy(units),
+            "length": torch.from_numpy(lengths),
+        }
