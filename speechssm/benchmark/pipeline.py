@@ -21,7 +21,7 @@ from speechssm.evaluation.results import progress_bar, write_results
 from speechssm.evaluation.statistics import Slope, fit_slope
 from speechssm.pipeline import generate
 from speechssm.report.figures import memory_figure, state_figure, step_time_figure
-from speechssm.report.rows import Row
+from speechssm.report.rows import Comparison, Row
 from speechssm.report.style import save_figure
 
 KIB, MIB = 1024.0, 1024.0**2
@@ -123,7 +123,12 @@ def run_pipeline(
     }
     out = Path(out)
     write_results(
-        out, rows, title="Pipeline: memory and time", file="bench.json", sections=sections
+        out,
+        rows,
+        comparisons=[] if quick else growth_comparisons(slopes),
+        title="Pipeline: memory and time",
+        file="bench.json",
+        sections=sections,
     )
     save_figure(memory_figure(sections), out / "memory.svg")
     save_figure(state_figure({"": sections}), out / "state.svg")
@@ -204,6 +209,30 @@ def no_growth(slope: Slope) -> bool:
     `slope` in KiB per window. Negligible means that even its upper end is below 1 KiB.
     """
     return slope.low <= 0 or slope.high < NEGLIGIBLE_KIB
+
+
+def growth_comparisons(slopes: Mapping[str, Slope]) -> list[Comparison]:
+    """Whether allocated memory and live tensors stay as they are (see `no_growth`)."""
+    names = {"allocated": "allocated memory", "tensors": "live tensors"}
+    return [
+        Comparison(
+            stage="pipeline",
+            name="memory_slope",
+            system=names[kind],
+            baseline_name="no growth",
+            ours=slope.value,
+            baseline=0.0,
+            margin=-slope.value,
+            required=-NEGLIGIBLE_KIB,
+            unit="KiB/window",
+            holds=no_growth(slope),
+            low=-slope.high,
+            high=-slope.low,
+            n=slope.n,
+        )
+        for kind, slope in slopes.items()
+        if kind in names
+    ]
 
 
 def measured_positions(last: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What every evaluation writes: metrics.json, table.md, and plots beside them."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from speechssm.report.gather import readable_command
 from speechssm.report.rows import Comparison, Row, write_rows, write_text
 from speechssm.report.tables import comparisons_table, rows_table
 
@@ -41,4 +43,10 @@ def write_results(
         text += "\n## Against trivial baselines\n\n"
         text += comparisons_table(comparisons).markdown() + "\n"
     write_text(out / "table.md", text)
-    return write_rows(out / file, rows, comparisons=comparisons, **(sections or {}))
+    return write_rows(
+        out / file,
+        rows,
+        comparisons=comparisons,
+        command=readable_command(sys.argv),
+        **(sections or {}),
+    )

@@ -219,34 +219,17 @@ def plot_memory(
         return drawing
 
 
-def plot_spectrogram(
-    log_mel_MT: np.ndarray,
-    seconds: float,
-    *,
-    marks: Sequence[tuple[float, str]] = (),
-    width: float = 7.2,
-    span: float = 9.0,
-) -> Figure:
-    """A log-mel spectrogram [bands, frames], its `span` nats below the loudest shown.
-
-    Args:
-        marks: (second, label) drawn as vertical lines, for example where a prompt ends.
-    """
-    with figure(width, 1.75) as (drawing, (axes,)):
+def plot_spectrogram(log_mel_MT: np.ndarray, seconds: float, *, span: float = 9.0) -> Figure:
+    """A log-mel spectrogram [bands, frames], its `span` nats below the loudest shown."""
+    with figure(5.0, 1.5) as (drawing, (axes,)):
         top = float(np.max(log_mel_MT)) if log_mel_MT.size else 0.0
         axes.imshow(
             log_mel_MT, origin="lower", aspect="auto", cmap="magma", vmin=top - span, vmax=top,
-            extent=(0, seconds, 0, len(log_mel_MT)), interpolation="nearest",
+            extent=(0, seconds, 0, len(log_mel_MT)), interpolation="none",
         )  # fmt: skip
-        for second, label in marks:
-            axes.axvline(second, color="white", linewidth=1.2, linestyle="--")
-            axes.annotate(
-                label, (second, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
-                textcoords="offset points", va="top", color="white", fontsize=8,
-            )  # fmt: skip
         axes.grid(visible=False)
         axes.set_yticks([])
-        axes.set(ylabel="mel bands", xlabel="seconds")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
         for spine in axes.spines.values():
             spine.set_visible(False)
         return drawing

@@ -79,10 +79,11 @@ def figure(
 
 
 def save_figure(drawing: Figure, path: str | Path) -> Path:
-    """Write .svg or .png by suffix, the same bytes for the same figure, on a white ground."""
+    """Write .svg, .pdf or .png by suffix, the same bytes for the same figure, on white."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    dates = {".svg": "Date", ".pdf": "CreationDate"}
+    metadata = {dates.get(path.suffix, "Software"): None}
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": path.stem}):
         drawing.savefig(path, dpi=160, facecolor="white", metadata=metadata)
     return path

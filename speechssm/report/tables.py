@@ -15,6 +15,10 @@ LATEX_SPECIAL = {
 }  # fmt: skip
 
 
+# Cells that begin with these marks are set apart on the page.
+VERDICTS = {"✓": ' class="holds"', "✗": ' class="fails"'}
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of text.
@@ -59,7 +63,7 @@ class Table:
         for row in self.cells:
             first = f'<th scope="row"{classes[0]}>{html.escape(row[0])}</th>'
             rest = "".join(
-                f"<td{kind}>{html.escape(cell)}</td>"
+                f"<td{VERDICTS.get(cell[:1], kind)}>{html.escape(cell)}</td>"
                 for cell, kind in zip(row[1:], classes[1:], strict=True)
             )
             body.append(f"<tr>{first}{rest}</tr>")
@@ -96,14 +100,12 @@ def format_number(value: float | None, digits: int = 4) -> str:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
     if magnitude < -4:
-        return (
-            f"{value:.{max(digits - 2, 1)}g}".replace("-", "−", 1) if value < 0 else f"{value:.2g}"
-        )
-    decimals = max(0, digits - 1 - magnitude)
-    text = f"{value:,.{decimals}f}"
-    if float(value).is_integer() and abs(value) < 1e15:
+        text = f"{value:.2g}"
+    elif float(value).is_integer():
         text = f"{value:,.0f}"
-    return text.replace(",", " ").replace("-", "−")
+    else:
+        text = f"{value:,.{max(0, digits - 1 - magnitude)}f}"
+    return text.replace(",", "\u202f").replace("-", "−")
 
 
 def format_interval(value, low, high, digits: int = 4) -> str:
