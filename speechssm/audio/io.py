@@ -25,6 +25,15 @@ logger = logging.getLogger(__name__)
 
 Source = str | Path | bytes
 
+
+class AudioFault(AudioError):
+    """An AudioError of reading; `reason` is what summaries count it under."""
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 # libsndfile only estimates the length of these before decoding them.
 _ESTIMATED_LENGTH = {"MP3"}
 _WAV_HEADER_BYTES = 44
@@ -43,16 +52,16 @@ def _open(source: Source, label: str) -> Iterator[soundfile.SoundFile]:
     if not isinstance(source, bytes):
         path = Path(source)
         if path.is_dir():
-            raise AudioError(f"{label} is a folder: give an audio file")
+            raise AudioFault(f"{label} is a folder: give an audio file")
         if not path.exists():
-            raise AudioError(f"{label} does not exist: check the path")
+            raise AudioFault(f"{label} does not exist: check the path", "missing")
     try:
         file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source))
         with file:
             yield file
     except (soundfile.SoundFileError, OSError) as error:
         reason = str(error).rstrip(".").rsplit(": ", 1)[-1]
-        raise AudioError(
+        raise AudioFault(
             f"{label} cannot be read as audio ({reason}): replace it by a sound file in a format "
             "that libsndfile knows (WAV, FLAC, Ogg, MP3)"
         ) from error
@@ -65,9 +74,10 @@ def _check_finite(block: np.ndarray, first_frame: int, rate: int, label: str) ->
     bad = ~np.isfinite(block).all(axis=1)
     if bad.any():
         second = (first_frame + int(np.argmax(bad))) / rate
-        raise AudioError(
+        raise AudioFault(
             f"{label} has NaN or infinite samples, the first at {second:.3f} s: "
-            "repair or leave out the file"
+            "repair or leave out the file",
+            "not finite",
         )
 
 
@@ -93,12 +103,13 @@ def _frames(
         yield block[:, 0] if file.channels == 1 else block.mean(axis=1)
     expected = file.frames if stop is None else min(stop, file.frames)
     if exact and position < expected:
-        raise AudioError(
+        raise AudioFault(
             f"{label} ends after {position / file.samplerate:.2f} s, but its header promises "
-            f"{file.frames / file.samplerate:.2f} s: fetch the file again"
+            f"{file.frames / file.samplerate:.2f} s: fetch the file again",
+            "truncated",
         )
     if position == 0:
-        raise AudioError(f"{label} holds no samples: leave out the file")
+        raise AudioFault(f"{label} holds no samples: leave out the file", "empty")
 
 
 def read_audio(
@@ -123,7 +134,7 @@ def read_audio(
         blocks = list(_frames(file, label, 60 * rate, 0, None))
     audio = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
     if len(audio) == 0:
-        raise AudioError(f"{label} holds no samples: leave out the file")
+        raise AudioFault(f"{label} holds no samples: leave out the file", "empty")
     if sample_rate is None or sample_rate == rate:
         return audio, rate
     from speechssm.audio.resample import resample

@@ -1,0 +1,1 @@
+"""Corpora: one recipe each, behind the interface in `base`."""
