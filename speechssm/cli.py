@@ -76,13 +76,18 @@ def run_train(words: list[str]) -> int:
     check_sweep(words)
 
     started_with = sys.argv
+    failures: list[BaseException] = []
 
     def task(cfg: Any) -> float | None:
         from speechssm.runtime.training import train
 
         # Lightning starts the other processes of a distributed run by this command line.
         sys.argv = started_with
-        return train(cfg).get("val/loss")
+        try:
+            return train(cfg).get("val/loss")
+        except BaseException as error:  # Hydra would print lines of its own about it
+            failures.append(error)
+            return None
 
     # Hydra prints its own errors unless it is told to raise them; ours are shorter.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -91,6 +96,8 @@ def run_train(words: list[str]) -> int:
         hydra.main(str(conf_folder()), "train", version_base="1.3")(task)()
     finally:
         sys.argv = started_with
+    if failures:
+        raise failures[0]
     return 0
 
 

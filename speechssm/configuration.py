@@ -1,4 +1,4 @@
-"""Where `conf/` lies, how a config is composed from it, and how its mistakes are put in one line."""
+"""Where `conf/` lies, how a config is composed from it, and what its mistakes are in one line."""
 
 import difflib
 import re
@@ -106,7 +106,7 @@ def uses_group(config_name: str, override: Any) -> bool:
 
 
 def explain(error: BaseException, config_name: str, overrides: Sequence[str]) -> SpeechSSMError:
-    """Turn an exception of Hydra or OmegaConf into one line that names the mistake and the choices."""
+    """An exception of Hydra or OmegaConf as one line that names the mistake and the choices."""
     cause = root_cause(error)
     if isinstance(cause, SpeechSSMError):
         return cause

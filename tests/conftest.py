@@ -20,7 +20,7 @@ CODEBOOK_SIZE = 32
 
 
 def tone(seconds: float, frequency: float, seed: int = 0, sample_rate: int = 16000) -> np.ndarray:
-    """float32 [S]: a tone with two harmonics that swells and fades twice a second, and some noise."""
+    """float32 [S]: a tone with two harmonics that swells twice a second, and some noise."""
     time = np.arange(round(seconds * sample_rate)) / sample_rate
     harmonics = sum(np.sin(2 * np.pi * frequency * k * time) / k for k in (1, 2, 3))
     noise = np.random.default_rng(seed).normal(size=time.shape)

@@ -86,8 +86,8 @@ class NaNGuard(L.Callback):
         if isinstance(outputs, dict) and "loss" in outputs:
             metrics["train/loss"] = outputs["loss"]
         for name, value in metrics.items():
-            # Validation of a model that is not trained yet may well be infinite.
-            if name.startswith("train") and not math.isfinite(float(value)):
+            # Gradients may be infinite where a scaler skips such steps; a loss may not.
+            if name.startswith("train") and "loss" in name and not math.isfinite(float(value)):
                 raise DivergedError(self.message(trainer, name, float(value)))
 
     def on_save_checkpoint(

@@ -43,7 +43,9 @@ class CSVLogger(Logger):
         return str(self.folder)
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing: config.yaml has them."""
 
     def load(self) -> None:
@@ -68,39 +70,50 @@ class CSVLogger(Logger):
             self.load()
         self.rows = [row for row in self.rows if row["step"] <= step]
         self.num_written = 0
-        self.save()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add values to the row of a step; rows of earlier steps are then complete and written."""
         if not self.loaded:
             self.load()
-        row = {key: float(value) for key, value in metrics.items() if key != "epoch"}
-        self.columns += [key for key in row if key not in self.columns]
         step = 0 if step is None else step
+        values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        self.columns += [key for key in values if key not in self.columns]
         if self.rows and self.rows[-1]["step"] == step:
-            self.rows[-1].update(row)
+            self.rows[-1].update(values)
             if self.num_written == len(self.rows):
                 self.num_written = 0  # that row is in the file already: write the file anew
         else:
-            self.rows.append({"step": step, **row})
+            self.write(len(self.rows))
+            self.rows.append({"step": step, **values})
 
-    @rank_zero_only
-    def save(self) -> None:
-        """Append what is new; write the whole file anew when a column or a resume changed it."""
-        if self.num_written == len(self.rows) and self.columns_written == len(self.columns):
+    def write(self, stop: int) -> None:
+        """Append rows up to `stop`; write the whole file anew when a column or a resume asks."""
+        whole = self.num_written == 0 or self.columns_written != len(self.columns)
+        if stop <= self.num_written and not whole:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole = self.num_written == 0 or self.columns_written != len(self.columns)
         target = self.path.with_name(f".metrics.csv.{os.getpid()}") if whole else self.path
         with target.open("w" if whole else "a", newline="") as stream:
             writer = csv.DictWriter(stream, self.columns, restval="")
             if whole:
                 writer.writeheader()
-            writer.writerows(self.rows if whole else self.rows[self.num_written :])
+            writer.writerows(self.rows[0 if whole else self.num_written : stop])
         if whole:
             os.replace(target, self.path)
-        self.num_written = len(self.rows)
+        self.num_written = stop
         self.columns_written = len(self.columns)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write every row."""
+        if self.rows:
+            self.write(len(self.rows))
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """A run that goes on from the checkpoint must find the rows of the steps before it."""
+        self.save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

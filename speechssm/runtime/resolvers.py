@@ -32,7 +32,12 @@ def batch_for_tokens(batch_tokens: float, length: int) -> int:
     return max(1, round(float(batch_tokens) / int(length)))
 
 
+def lm_size(scale: str) -> str:
+    """Which `conf/model/NAME_SIZE` of a language model a scale means."""
+    return {"paper": "2b"}.get(scale, scale)
+
+
 def register_resolvers() -> None:
     """Make the functions known to OmegaConf; may be called any number of times."""
-    for function in (stage_name, steps_for_tokens, batch_for_tokens, project_folder):
+    for function in (stage_name, steps_for_tokens, batch_for_tokens, lm_size, project_folder):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

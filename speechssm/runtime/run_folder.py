@@ -74,7 +74,9 @@ class RunFolder:
         try:
             config = yaml.safe_load(self.config.read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{self.config} cannot be read ({error}); delete {self.folder}") from None
+            raise ConfigError(
+                f"{self.config} cannot be read ({error}); delete {self.folder}"
+            ) from None
         return config if isinstance(config, dict) else None
 
     def write_config(self, config: Mapping[str, Any]) -> None:

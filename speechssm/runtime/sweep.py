@@ -1,7 +1,7 @@
 """A sweep: one run folder for each job, each trained by a process of its own.
 
-A job is the command `speechssm train OVERRIDES run_folder=SWEEP/HASH`, which anybody can type again.
-The folder's name is a hash of the overrides that decide the result, so the same sweep finds what is
+A job is the command `speechssm train OVERRIDES run_folder=SWEEP/HASH`, as anybody can type it. The
+folder's name is a hash of the overrides that decide the result, so the same sweep finds what is
 there: finished jobs are left alone, unfinished ones go on from their checkpoint.
 """
 
@@ -16,8 +16,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -28,9 +30,16 @@ from omegaconf import DictConfig
 
 from speechssm.errors import ConfigError
 from speechssm.report.rows import write_text
-from speechssm.runtime.run_folder import WITHOUT_RESULT, WITHOUT_RESULT_IN, RunFolder, canonical_path
+from speechssm.runtime.run_folder import (
+    WITHOUT_RESULT,
+    WITHOUT_RESULT_IN,
+    RunFolder,
+    canonical_path,
+)
 
 log = logging.getLogger(__name__)
+
+PLUGIN_MODULE = "hydra_plugins.speechssm"
 
 # Unlike for a run, the length of the training is part of what a job is.
 KEPT = {"trainer.max_steps", "trainer.limit_val_batches"}
@@ -118,7 +127,9 @@ def read_sweep(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{folder} is no sweep folder: it has no sweep.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); delete it, run the sweep again") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error}); delete it, run the sweep again"
+        ) from None
     return content
 
 
@@ -142,10 +153,7 @@ class SweepFile:
 class SubprocessLauncher(Launcher):
     """Hydra launcher: each job in a process of its own, `launcher.n_jobs` at the same time."""
 
-    # Hydra admits launchers of the package `hydra_plugins` only, and imports everything in there at
-    # the start of every Hydra program of the environment. Registering under such a name has the
-    # effect without the folder.
-    __module__ = "hydra_plugins.speechssm"
+    __module__ = PLUGIN_MODULE
 
     config: DictConfig
 
@@ -198,7 +206,11 @@ class SubprocessLauncher(Launcher):
         sources = self.config.hydra.runtime.config_sources
         extra = [source.path for source in sources if source.provider == "command-line"]
         flags = [word for path in extra for word in ("--config-dir", str(path))]
-        words = [*job.overrides, *[quoted(word) for word in own], *self.config.hydra.overrides.hydra]
+        words = [
+            *job.overrides,
+            *[quoted(word) for word in own],
+            *self.config.hydra.overrides.hydra,
+        ]
         words = [word for word in words if not word.startswith(("hydra.mode", "hydra.sweep"))]
         return [sys.executable, "-m", "speechssm.cli", "train", *words, *flags]
 
@@ -271,7 +283,20 @@ def quoted(override: str) -> str:
 
 
 def register_launcher() -> None:
-    """Make the launcher known to Hydra."""
+    """Make the launcher known to Hydra.
+
+    Hydra admits plugins of the package `hydra_plugins` only, and imports everything that lies in
+    such a folder at the start of every Hydra program of the environment. A module object under that
+    name has the effect without the folder.
+    """
+    try:
+        package = import_module("hydra_plugins")
+    except ImportError:
+        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        package.__path__ = []
+    module = sys.modules[PLUGIN_MODULE] = ModuleType(PLUGIN_MODULE)
+    module.SubprocessLauncher = SubprocessLauncher  # type: ignore[attr-defined]
+    package.speechssm = module  # type: ignore[attr-defined]
     Plugins.instance().register(SubprocessLauncher)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import resource
 import signal
 import sys
@@ -14,13 +15,13 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.trainer.states import TrainerStatus
 from omegaconf import DictConfig, OmegaConf
 
 from speechssm.configuration import explain
 from speechssm.errors import CheckpointError, ConfigError, SpeechSSMError
-from speechssm.report.rows import Row, write_rows
+from speechssm.report.rows import Row, config_hash, write_rows
 from speechssm.runtime.callbacks import ContinueLogs, StepSeeds, ValidateAtEnd
 from speechssm.runtime.checkpoint_io import AtomicCheckpointIO
 from speechssm.runtime.memory import keep_freed_memory
@@ -41,6 +42,7 @@ QUIET = (
     ".*You are using the plain ModelCheckpoint.*",
     ".*`tensorboardX` has been removed.*",
     ".*GPU available but not used.*",
+    ".*your dataloader is not resumable.*",  # our data module is
 )
 
 
@@ -113,6 +115,7 @@ def build_trainer(
         # The data module counts what was consumed; a new loader starts from there.
         "reload_dataloaders_every_n_epochs": 1,
         "enable_model_summary": False,
+        "enable_progress_bar": any(isinstance(entry, ProgressBar) for entry in callbacks),
     }
     return build(
         {"_target_": "lightning.Trainer", **defaults, **arguments},
@@ -149,6 +152,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
     keep_freed_memory()
+    os.environ.setdefault("WANDB_SILENT", "true")  # its summary is longer than our whole output
     quiet_lightning()
     L.seed_everything(config["seed"], workers=True, verbose=False)
 
@@ -163,6 +167,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     ]
     callbacks += [StepSeeds(config["seed"]), ValidateAtEnd(), ContinueLogs(), *data_callbacks()]
     loggers = [] if trial else build_loggers(config, run)
+    for logger in loggers:
+        logger.log_hyperparams({**config, "config_hash": run_hash(config)})
     # Before any tensor exists: a torch_xla device has to be touched before a backward on the CPU.
     trainer = build_trainer(config, callbacks, loggers, run.folder)
     try:
@@ -191,7 +197,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         metrics = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
-            if "/" in name and value.numel() == 1
+            if name.startswith(("train/", "val/")) and value.numel() == 1
         }
         if not trial:
             trainer.save_checkpoint(run.last)
@@ -256,7 +262,8 @@ def build_loggers(config: Mapping[str, Any], run: RunFolder) -> list[Any]:
         extra = {}
         if node["_target_"].endswith("WandbLogger"):
             (run.folder / "wandb").mkdir(parents=True, exist_ok=True)
-            extra = {"config": {**config, "config_hash": run_hash(config)}}
+            identity = config_hash([str(run.folder), run_hash(config)])
+            extra = {"id": identity, "resume": None if node.get("offline") else "allow"}
         loggers.append(build(node, f"logger.{name}", **extra))
     return loggers
 

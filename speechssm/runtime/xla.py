@@ -1,10 +1,10 @@
 """torch_xla through Lightning: one small adapter, the only place that knows of PJRT devices.
 
-Lightning's XLA classes count TPU chips only, set an environment variable for bfloat16 that torch_xla
-has ignored since 2.7, and spread over devices by one process each. Here is what they lack: an
-accelerator for any PJRT device (so that the same path runs on its CPU device in tests), a precision
-that really casts, data parallelism over several devices of one process (SPMD), and a sync after
-each batch. torch_xla is imported inside functions: this module can be read without it.
+Lightning's XLA classes count TPU chips only, set an environment variable for bfloat16 that
+torch_xla has ignored since 2.7, and spread over devices by one process each. Here is what they
+lack: an accelerator for any PJRT device (so that the same path runs on its CPU device in tests), a
+precision that really casts, data parallelism over several devices of one process (SPMD), and a sync
+after each batch. torch_xla is imported inside functions: this module can be read without it.
 """
 
 import os
@@ -48,7 +48,9 @@ class PjrtAccelerator(XLAAccelerator):
 
     @staticmethod
     def is_available() -> bool:
-        return find_spec("torch_xla") is not None if on_pjrt_cpu() else XLAAccelerator.is_available()
+        return (
+            find_spec("torch_xla") is not None if on_pjrt_cpu() else XLAAccelerator.is_available()
+        )
 
     @staticmethod
     def parse_devices(devices: int | str | list[int]) -> int | list[int]:
@@ -81,7 +83,7 @@ class CastPrecision(XLAPrecision):
     def __init__(self, precision: str = "32-true"):
         if precision not in PRECISIONS:
             raise ConfigError(
-                f"trainer.precision={precision} is not for XLA; choose one of: {', '.join(PRECISIONS)}"
+                f"trainer.precision={precision} is not for XLA; choose {', '.join(PRECISIONS)}"
             )
         super().__init__("32-true")
         self.precision = precision
@@ -180,7 +182,7 @@ def trainer_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments: `accelerator`, `devices`, `strategy` (`spmd`: all devices from one process;
-            `replicas`: Lightning's one process for each), `precision`, and others, kept as they are.
+            `replicas`: one process for each), `precision`; the others are kept as they are.
 
     Raises:
         ConfigError: torch_xla is not installed, or an option has an impossible value.
