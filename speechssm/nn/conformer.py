@@ -15,23 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechssm.errors import ConfigError
-
-
-def rotate_by_position(x_BNTH: Tensor, max_wavelength: float = 10_000.0) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) over the whole head width, positions 0 ... T-1."""
-    length, half = x_BNTH.shape[-2], x_BNTH.shape[-1] // 2
-    exponent_H = torch.arange(half, device=x_BNTH.device, dtype=torch.float32) / half
-    position_T = torch.arange(length, device=x_BNTH.device, dtype=torch.float32)
-    angle_TH = position_T[:, None] * max_wavelength**-exponent_H
-    sine_TH, cosine_TH = angle_TH.sin().to(x_BNTH.dtype), angle_TH.cos().to(x_BNTH.dtype)
-    first_BNTH, second_BNTH = x_BNTH.split(half, dim=-1)
-    return torch.cat(
-        [
-            first_BNTH * cosine_TH - second_BNTH * sine_TH,
-            second_BNTH * cosine_TH + first_BNTH * sine_TH,
-        ],
-        dim=-1,
-    )
+from speechssm.nn.rotary import apply_rotary
 
 
 class FeedForward(nn.Module):
@@ -70,13 +54,15 @@ class SelfAttention(nn.Module):
     def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None = None) -> Tensor:
         batch, length, width = x_BTD.shape
         split = self.query_key_value(self.norm(x_BTD)).view(batch, length, 3, self.num_heads, -1)
-        query_BNTH, key_BNTH, value_BNTH = split.permute(2, 0, 3, 1, 4).unbind(0)
+        query_BTNH, key_BTNH, value_BTNH = split.unbind(2)
         if self.rotary:
-            query_BNTH, key_BNTH = rotate_by_position(query_BNTH), rotate_by_position(key_BNTH)
+            position_1T = torch.arange(length, device=x_BTD.device)[None]
+            query_BTNH = apply_rotary(query_BTNH, position_1T)
+            key_BTNH = apply_rotary(key_BTNH, position_1T)
         mixed_BNTH = F.scaled_dot_product_attention(
-            query_BNTH,
-            key_BNTH,
-            value_BNTH,
+            query_BTNH.transpose(1, 2),
+            key_BTNH.transpose(1, 2),
+            value_BTNH.transpose(1, 2),
             attn_mask=mask_B11T,
             dropout_p=self.attention_dropout if self.training else 0.0,
         )

@@ -59,6 +59,27 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def inverse_square_root(covariance_CC: Tensor, iterations: int = 10) -> Tensor:
+    """Approximate covariance ** -0.5 by Newton-Schulz iteration: products alone, static shapes.
+
+    Directions whose variance is below about 1.5 ** (-2 * iterations) of the total stay smaller
+    than one, which keeps noise from being blown up to the size of signal.
+
+    Source: Huang et al. 2019 (iterative normalisation).
+    """
+    total = covariance_CC.diagonal().sum().clamp(min=1e-10)
+    identity_CC = torch.eye(
+        covariance_CC.shape[-1], device=covariance_CC.device, dtype=covariance_CC.dtype
+    )
+    # The coupled form (root and inverse root side by side) does not amplify rounding errors, as
+    # the iteration for the inverse root alone does.
+    root_CC, inverse_CC = covariance_CC / total, identity_CC
+    for _ in range(iterations):
+        step_CC = 1.5 * identity_CC - 0.5 * (inverse_CC @ root_CC)
+        root_CC, inverse_CC = root_CC @ step_CC, step_CC @ inverse_CC
+    return inverse_CC * torch.rsqrt(total)
+
+
 class VectorQuantizer(Float32Buffers):
     """Nearest code of an EMA codebook in a low-dimensional space, straight-through.
 
@@ -70,12 +91,13 @@ class VectorQuantizer(Float32Buffers):
         codebook_size: V. width: D of the vectors that come and go.
         codebook_width: C of the lookup space; linear maps D -> C and C -> D around the codebook,
             or none at all when it is None.
-        ema_decay: of code counts, code sums and (with `standardize`) mean and variance.
+        ema_decay: of code counts, code sums and (with `whiten`) mean and variance.
         cosine: compare directions only; vectors and codes have length sqrt(C).
         dead_code_threshold: fraction of an even share of use, 0 switches restarts off.
-        standardize: bring each of the C dimensions to zero mean and unit variance by running
+        whiten: bring the C dimensions to zero mean, unit variance and no correlation by running
             statistics before lookup. Without it the encoder can satisfy the commitment loss by
-            shrinking its output to a point, and the codes collapse with it.
+            shrinking its output to a point or a line, and the codes collapse with it. (Measured
+            with unit variance alone: all dimensions became one, and 2 of 512 codes were in use.)
     """
 
     def __init__(
@@ -86,7 +108,7 @@ class VectorQuantizer(Float32Buffers):
         ema_decay: float = 0.99,
         cosine: bool = False,
         dead_code_threshold: float = 0.1,
-        standardize: bool = False,
+        whiten: bool = False,
     ):
         super().__init__()
         if not 0 <= ema_decay < 1:
@@ -100,7 +122,7 @@ class VectorQuantizer(Float32Buffers):
         self.ema_decay = ema_decay
         self.cosine = cosine
         self.dead_code_threshold = dead_code_threshold
-        self.standardize = standardize
+        self.whiten = whiten
         inner = width if codebook_width is None else codebook_width
         projected = codebook_width is not None
         self.project_in = nn.Linear(width, inner) if projected else nn.Identity()
@@ -110,7 +132,7 @@ class VectorQuantizer(Float32Buffers):
         self.register_buffer("code_count_V", torch.zeros(codebook_size))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.register_buffer("mean_C", torch.zeros(inner))
-        self.register_buffer("variance_C", torch.ones(inner))
+        self.register_buffer("covariance_CC", torch.zeros(inner, inner))
 
     def forward(
         self, x_BTD: Tensor, valid_BT: Tensor | None = None
@@ -131,9 +153,10 @@ class VectorQuantizer(Float32Buffers):
         weight_N = (
             torch.ones_like(z_NC[:, 0]) if valid_BT is None else valid_BT.flatten().to(z_NC.dtype)
         )
-        if self.training:
-            self._update_standardization(z_NC.detach(), weight_N)
-        z_NC = self._normalize(z_NC)
+        mean_C, covariance_CC = self.mean_C, self.covariance_CC
+        if self.whiten and self.training:
+            mean_C, covariance_CC = self._batch_moments(z_NC, weight_N)
+        z_NC = self._normalize(z_NC, mean_C, covariance_CC)
         if self.training:
             candidate_VC, has_candidate_V = self._candidates(z_NC.detach(), weight_N)
             self._initialize(candidate_VC, has_candidate_V)
@@ -150,7 +173,8 @@ class VectorQuantizer(Float32Buffers):
     @torch.no_grad()
     def quantize(self, x_BTD: Tensor) -> Tensor:
         """Indices [B, T] int64 of the nearest codes; changes nothing."""
-        z_NC = self._normalize(self.project_in(x_BTD).flatten(0, 1).float())
+        z_NC = self.project_in(x_BTD).flatten(0, 1).float()
+        z_NC = self._normalize(z_NC, self.mean_C, self.covariance_CC)
         return self._nearest(z_NC).view(x_BTD.shape[:2])
 
     def lookup(self, indices_BT: Tensor) -> Tensor:
@@ -159,9 +183,10 @@ class VectorQuantizer(Float32Buffers):
         weight = getattr(self.project_out, "weight", None)
         return self.project_out(code_BTC if weight is None else code_BTC.to(weight.dtype))
 
-    def _normalize(self, z_NC: Tensor) -> Tensor:
-        if self.standardize:
-            z_NC = (z_NC - self.mean_C) * torch.rsqrt(self.variance_C + 1e-5)
+    def _normalize(self, z_NC: Tensor, mean_C: Tensor, covariance_CC: Tensor) -> Tensor:
+        if self.whiten:
+            with without_autocast(z_NC.device.type):
+                z_NC = (z_NC - mean_C) @ inverse_square_root(covariance_CC)
         if self.cosine:
             z_NC = F.normalize(z_NC, dim=-1) * z_NC.shape[-1] ** 0.5
         return z_NC
@@ -173,22 +198,27 @@ class VectorQuantizer(Float32Buffers):
             score_NV = z_NC @ self.codebook_VC.T - 0.5 * self.codebook_VC.square().sum(-1)
         return score_NV.argmax(dim=-1)
 
-    @torch.no_grad()
-    def _update_standardization(self, z_NC: Tensor, weight_N: Tensor) -> None:
-        if not self.standardize:
-            return
-        weighted_NC = z_NC * weight_N[:, None]
-        total = sum_over_ranks(
-            torch.cat([weighted_NC.sum(0), (weighted_NC * z_NC).sum(0), weight_N.sum()[None]])
-        )
-        width = z_NC.shape[-1]
-        count = total[-1].clamp(min=1.0)
-        mean_C = total[:width] / count
-        variance_C = (total[width : 2 * width] / count - mean_C.square()).clamp(min=1e-8)
-        # The first batch sets the statistics, an empty batch leaves them, others move them.
-        rate = torch.where(self.initialized, 1 - self.ema_decay, 1.0) * (total[-1] > 0)
-        self.mean_C.lerp_(mean_C, rate)
-        self.variance_C.lerp_(variance_C, rate)
+    def _batch_moments(self, z_NC: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of this batch, with gradient; the running ones follow them.
+
+        As in batch normalisation, training uses the batch's own statistics and lets the gradient
+        see them: running ones lag behind an encoder that shrinks, and constant ones reward it.
+        """
+        with without_autocast(z_NC.device.type):
+            count = weight_N.sum()
+            mean_C = weight_N @ z_NC / count.clamp(min=1.0)
+            centred_NC = (z_NC - mean_C) * weight_N[:, None]
+            covariance_CC = centred_NC.T @ centred_NC / count.clamp(min=1.0)
+        with torch.no_grad():
+            packed = torch.cat([mean_C[None], covariance_CC, torch.ones_like(mean_C)[None]])
+            packed = sum_over_ranks(packed * count)
+            total = packed[-1, 0]
+            packed = packed / total.clamp(min=1.0)
+            # The first batch sets the statistics, an empty batch leaves them, others move them.
+            rate = torch.where(self.initialized, 1 - self.ema_decay, 1.0) * (total > 0)
+            self.mean_C.lerp_(packed[0], rate)
+            self.covariance_CC.lerp_(packed[1:-1], rate)
+        return mean_C, covariance_CC
 
     @torch.no_grad()
     def _candidates(self, z_NC: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:

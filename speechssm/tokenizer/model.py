@@ -1,0 +1,234 @@
+"""The semantic tokenizer's network, after what is public about USM-v2 (paper section 3).
+
+log-mel -> two stride-2 convolutions (100 Hz -> 25 Hz) -> Conformer -> vector quantiser -> Conformer
+-> masked-prediction heads and a CTC head. Units are the indices at the quantiser; everything above
+it exists to teach them content. Attention sees the whole window in both directions.
+
+Shapes: B batch, S samples, M mel bins, T time (25 Hz units; 4T mel frames), D model width,
+Q target codebooks, K codes in each, L text length, V unit vocabulary, W text vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechssm.audio.features import LogMel
+from speechssm.errors import ConfigError
+from speechssm.nn.conformer import Conformer
+from speechssm.nn.vector_quantization import Float32Buffers, VectorQuantizer, sum_over_ranks
+from speechssm.tokenizer.masking import repeat_frames, span_mask
+from speechssm.tokenizer.random_projection import RandomProjectionQuantizer
+
+FRAMES_PER_UNIT = 4
+
+
+class TokenizerOutput(NamedTuple):
+    """What the losses need. `mask_BT`: frames to predict; `valid_BT`: frames that hold audio."""
+
+    units_BT: Tensor
+    logits_BTQK: Tensor
+    targets_BTQ: Tensor
+    mask_BT: Tensor
+    valid_BT: Tensor
+    commitment_loss: Tensor
+    text_logits_BTW: Tensor | None
+
+
+class FeatureNormalizer(Float32Buffers):
+    """Log-mel relative to its own mean over the window, over a running deviation per bin.
+
+    Subtracting each bin's mean over the window takes out gain and most of the channel; a fixed
+    divisor (a running average over training) rather than the window's own deviation keeps a
+    silent window from being blown up to the size of speech.
+    """
+
+    def __init__(self, num_mels: int, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("variance_M", torch.ones(num_mels))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, mel_BTM: Tensor, valid_BT: Tensor) -> Tensor:
+        weight_BT1 = valid_BT.unsqueeze(-1).to(mel_BTM.dtype)
+        count_B11 = weight_BT1.sum(dim=1, keepdim=True).clamp(min=1.0)
+        mean_B1M = (mel_BTM * weight_BT1).sum(dim=1, keepdim=True) / count_B11
+        centred_BTM = (mel_BTM - mean_B1M) * weight_BT1
+        if self.training:
+            self._update(centred_BTM.detach(), weight_BT1)
+        return centred_BTM * torch.rsqrt(self.variance_M + 1e-5)
+
+    @torch.no_grad()
+    def _update(self, centred_BTM: Tensor, weight_BT1: Tensor) -> None:
+        total = sum_over_ranks(
+            torch.cat([centred_BTM.square().sum(dim=(0, 1)), weight_BT1.sum()[None]])
+        )
+        variance_M = total[:-1] / total[-1].clamp(min=1.0)
+        rate = torch.where(self.initialized, 1 - self.decay, 1.0) * (total[-1] > 0)
+        self.variance_M.lerp_(variance_M, rate)
+        self.initialized.logical_or_(total[-1] > 0)
+
+
+class Subsampling(nn.Module):
+    """Mel frames [B, 4T, M] to [B, T, D] by two stride-2 convolutions."""
+
+    def __init__(self, num_mels: int, width: int):
+        super().__init__()
+        self.first = nn.Conv1d(num_mels, width, kernel_size=3, stride=2, padding=1)
+        self.second = nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, mel_BTM: Tensor) -> Tensor:
+        hidden_BDT = F.silu(self.first(mel_BTM.transpose(1, 2)))
+        return self.norm(self.second(hidden_BDT).transpose(1, 2))
+
+
+class SemanticTokenizer(nn.Module):
+    """Speech at 16 kHz to 25 units a second.
+
+    Args:
+        vocab_size: V, codes of the bottleneck.
+        width, num_heads, ffn_width, conv_kernel, dropout: of both Conformers.
+        lower_layers, upper_layers: blocks below and above the quantiser.
+        num_mels: M. sample_rate: Hz; one unit is sample_rate / 25 samples.
+        codebook_width: C of the lookup. ema_decay, cosine, dead_code_threshold: see
+            `VectorQuantizer`; the space is always whitened.
+        num_target_codebooks, target_codebook_size, target_codebook_width: Q, K and width of the
+            BEST-RQ targets; target_seed: fixes their projections and codebooks.
+        mask_probability: of a span starting at a unit frame; mask_span: its frames (10 = 400 ms).
+        mask_noise: deviation of the normal noise that replaces masked frames in training.
+        text_vocab_size: pieces of the sentencepiece model, without the blank; 0 for no CTC head.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 32_768,
+        width: int = 1024,
+        num_heads: int = 8,
+        ffn_width: int = 4096,
+        conv_kernel: int = 5,
+        lower_layers: int = 12,
+        upper_layers: int = 12,
+        dropout: float = 0.0,
+        num_mels: int = 128,
+        sample_rate: int = 16_000,
+        codebook_width: int = 16,
+        ema_decay: float = 0.99,
+        cosine: bool = True,
+        dead_code_threshold: float = 0.1,
+        num_target_codebooks: int = 16,
+        target_codebook_size: int = 8192,
+        target_codebook_width: int = 16,
+        target_seed: int = 0,
+        mask_probability: float = 0.05,
+        mask_span: int = 10,
+        mask_noise: float = 0.1,
+        text_vocab_size: int = 0,
+    ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        if sample_rate % 100:
+            raise ConfigError(
+                f"tokenizer: sample_rate must be a multiple of 100, not {sample_rate}"
+            )
+        self.config = config
+        self.sample_rate = sample_rate
+        self.rate = 25
+        self.hop_length = sample_rate // self.rate
+        self.vocab_size = vocab_size
+        self.text_vocab_size = text_vocab_size
+        self.mask_probability = mask_probability
+        self.mask_span = mask_span
+        self.mask_noise = mask_noise
+        self.num_target_codebooks = num_target_codebooks
+        with torch.device("cpu"):  # torchaudio's filter bank looks at its values: not on meta
+            self.log_mel = LogMel(
+                sample_rate=sample_rate, num_mels=num_mels, hop_length=sample_rate // 100
+            )
+        self.normalizer = FeatureNormalizer(num_mels)
+        self.subsampling = Subsampling(num_mels, width)
+        shape = (width, num_heads, ffn_width, conv_kernel, dropout)
+        self.lower = Conformer(lower_layers, *shape, rotary=True)
+        self.quantizer = VectorQuantizer(
+            vocab_size,
+            width,
+            codebook_width,
+            ema_decay=ema_decay,
+            cosine=cosine,
+            dead_code_threshold=dead_code_threshold,
+            whiten=True,
+        )
+        self.upper = Conformer(upper_layers, *shape, rotary=True)
+        self.targets = RandomProjectionQuantizer(
+            FRAMES_PER_UNIT * num_mels,
+            num_target_codebooks,
+            target_codebook_size,
+            target_codebook_width,
+            target_seed,
+        )
+        self.target_head = nn.Linear(width, num_target_codebooks * target_codebook_size)
+        self.text_head = nn.Linear(width, text_vocab_size + 1) if text_vocab_size else None
+
+    def features(self, audio_BS: Tensor, length_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalised log-mel [B, 4T, M] with T = S // hop_length, and bool valid units [B, T]."""
+        batch, samples = audio_BS.shape
+        num_units = samples // self.hop_length
+        with torch.no_grad():
+            mel_BTM = self.log_mel(audio_BS)[:, : FRAMES_PER_UNIT * num_units]
+            unit_T = torch.arange(num_units, device=audio_BS.device)
+            if length_B is None:
+                valid_BT = torch.ones_like(unit_T, dtype=torch.bool).expand(batch, -1)
+            else:
+                valid_BT = unit_T < (length_B // self.hop_length)[:, None]
+            mel_BTM = self.normalizer(mel_BTM, repeat_frames(valid_BT, FRAMES_PER_UNIT))
+        return mel_BTM, valid_BT
+
+    @torch.no_grad()
+    def tokenize(self, audio_BS: Tensor) -> Tensor:
+        """Audio float32 [B, S] at `sample_rate` to units int64 [B, S // hop_length].
+
+        Each row is one window, fully audio. Call it in evaluation mode. For whole recordings use
+        `WindowedTokenizer`.
+        """
+        if audio_BS.shape[1] < self.hop_length:
+            return torch.zeros(len(audio_BS), 0, dtype=torch.int64, device=audio_BS.device)
+        mel_BTM, _ = self.features(audio_BS, None)
+        hidden_BTD = self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype))
+        return self.quantizer.quantize(self.lower(hidden_BTD))
+
+    def forward(self, audio_BS: Tensor, length_B: Tensor, uniform_BT: Tensor) -> TokenizerOutput:
+        """Masked prediction over a batch of padded utterances.
+
+        Args:
+            audio_BS: float32, zero-padded. length_B: int64 valid samples.
+            uniform_BT: random numbers in [0, 1) [B, S // hop_length] that choose the masked spans.
+        """
+        mel_BTM, valid_BT = self.features(audio_BS, length_B)
+        targets_BTQ = self.targets(mel_BTM.unflatten(1, (-1, FRAMES_PER_UNIT)).flatten(2))
+        mask_BT = span_mask(uniform_BT, self.mask_probability, self.mask_span) & valid_BT
+        noise_BTM = (
+            self.mask_noise * torch.randn_like(mel_BTM)
+            if self.training
+            else torch.zeros_like(mel_BTM)
+        )
+        masked_BT1 = repeat_frames(mask_BT, FRAMES_PER_UNIT).unsqueeze(-1)
+        mel_BTM = torch.where(masked_BT1, noise_BTM, mel_BTM)
+
+        hidden_BTD = self.lower(
+            self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype)), valid_BT
+        )
+        # Codes serve frames that were seen: at inference nothing is masked, so codes that only
+        # stand for masked frames would be lost from the vocabulary.
+        quantized_BTD, units_BT, commitment_loss = self.quantizer(hidden_BTD, valid_BT & ~mask_BT)
+        upper_BTD = self.upper(quantized_BTD, valid_BT)
+        logits_BTQK = self.target_head(upper_BTD).unflatten(-1, (self.num_target_codebooks, -1))
+        return TokenizerOutput(
+            units_BT=units_BT,
+            logits_BTQK=logits_BTQK,
+            targets_BTQ=targets_BTQ,
+            mask_BT=mask_BT,
+            valid_BT=valid_BT,
+            commitment_loss=commitment_loss,
+            text_logits_BTW=None if self.text_head is None else self.text_head(upper_BTD),
+        )

@@ -1,0 +1,116 @@
+"""Training of the semantic tokenizer: masked prediction, CTC where there is text, commitment.
+
+Shapes: B batch, S samples, T time (25 Hz), L text length, V unit vocabulary.
+"""
+
+from typing import Any
+
+import hydra.utils
+import lightning
+import torch
+from torch import Tensor
+
+from speechssm.nn.optimization import build_optimizer
+from speechssm.nn.vector_quantization import sum_over_ranks
+from speechssm.tokenizer.losses import ctc_loss, histogram, masked_prediction_loss, perplexity
+
+
+class TokenizerModule(lightning.LightningModule):
+    """LightningModule of the tokenizer stage.
+
+    Batch: `audio` float32 [B, S], `audio_length` int64 [B], `text` int64 [B, L] zero-padded,
+    `text_length` int64 [B] with 0 for no transcript.
+
+    Args:
+        model: `_target_` and arguments of a `SemanticTokenizer`.
+        optimizer: see `build_optimizer`.
+        ctc_weight, commitment_weight: of those losses; masked prediction counts 1.
+        seed: of the masks in validation, which are the same every time.
+    """
+
+    def __init__(
+        self,
+        model: dict,
+        optimizer: dict,
+        ctc_weight: float = 0.3,
+        commitment_weight: float = 0.25,
+        unmasked_weight: float = 0.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = hydra.utils.instantiate(model)
+        self.ctc_weight = ctc_weight
+        self.commitment_weight = commitment_weight
+        self.unmasked_weight = unmasked_weight
+        self.seed = seed
+        self.optimizer_config = optimizer
+        self.register_buffer("unit_counts_V", torch.zeros(self.model.vocab_size), persistent=False)
+
+    def losses(self, batch: dict[str, Tensor], uniform_BT: Tensor) -> dict[str, Tensor]:
+        """All figures of one batch; `loss` is what is minimised, `unit_counts` a histogram [V]."""
+        output = self.model(batch["audio"], batch["audio_length"], uniform_BT)
+        mlm_loss, mlm_accuracy = masked_prediction_loss(
+            output.logits_BTQK, output.targets_BTQ, output.mask_BT
+        )
+        seen_BT = output.valid_BT & ~output.mask_BT
+        seen_loss, _ = masked_prediction_loss(output.logits_BTQK, output.targets_BTQ, seen_BT)
+        loss = (
+            mlm_loss
+            + self.commitment_weight * output.commitment_loss
+            + self.unmasked_weight * seen_loss
+        )
+        figures = {"mlm_loss": mlm_loss, "mlm_accuracy": mlm_accuracy, "seen_loss": seen_loss}
+        figures["commitment"] = output.commitment_loss
+        if output.text_logits_BTW is not None:
+            figures["ctc_loss"] = ctc_loss(
+                output.text_logits_BTW,
+                output.valid_BT.sum(dim=1),
+                batch["text"],
+                batch["text_length"],
+            )
+            loss = loss + self.ctc_weight * figures["ctc_loss"]
+        figures["unit_counts"] = histogram(output.units_BT, seen_BT, self.model.vocab_size)
+        return {"loss": loss, **figures}
+
+    def mask_numbers(self, audio_BS: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Uniform numbers [B, T] that choose the masks; a CPU generator makes them repeatable."""
+        shape = (audio_BS.shape[0], audio_BS.shape[1] // self.model.hop_length)
+        if generator is None:
+            return torch.rand(shape, device=audio_BS.device)
+        return torch.rand(shape, generator=generator).to(audio_BS.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        figures = self.losses(batch, self.mask_numbers(batch["audio"], None))
+        figures["unit_perplexity"] = perplexity(figures.pop("unit_counts").detach())
+        self.log("train/loss", figures["loss"], prog_bar=True)
+        self.log_dict({f"train/{k}": v for k, v in figures.items() if k != "loss"})
+        return figures["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        self.unit_counts_V.zero_()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        generator = torch.Generator("cpu").manual_seed(self.seed + batch_index)
+        figures = self.losses(batch, self.mask_numbers(batch["audio"], generator))
+        self.unit_counts_V += figures.pop("unit_counts")
+        self.log_dict(
+            {f"val/{k}": v for k, v in figures.items()},
+            batch_size=len(batch["audio"]),
+            sync_dist=True,
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        counts_V = sum_over_ranks(self.unit_counts_V.clone())
+        self.log("val/unit_perplexity", perplexity(counts_V), prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer, scheduler = build_optimizer(
+            self.model.parameters(),
+            self.optimizer_config,
+            self.trainer.max_steps if self.trainer.max_steps > 0 else None,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

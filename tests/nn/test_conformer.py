@@ -1,0 +1,97 @@
+"""Conformer: parity with torch's own attention, independence from padding, full context."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from speechssm.errors import ConfigError
+from speechssm.nn.conformer import Conformer, ConformerBlock
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def reference_block(block: ConformerBlock, x: torch.Tensor) -> torch.Tensor:
+    """The block written out with torch.nn.MultiheadAttention and an explicit convolution sum."""
+
+    def feed_forward(module, x):
+        hidden = module.norm(x) @ module.expand.weight.T + module.expand.bias
+        hidden = hidden * torch.sigmoid(hidden)
+        return hidden @ module.contract.weight.T + module.contract.bias
+
+    x = x + 0.5 * feed_forward(block.feed_forward_in, x)
+    attention = nn.MultiheadAttention(x.shape[-1], block.attention.num_heads, batch_first=True)
+    attention.in_proj_weight = block.attention.query_key_value.weight
+    attention.in_proj_bias = block.attention.query_key_value.bias
+    attention.out_proj = block.attention.output
+    normed = block.attention.norm(x)
+    x = x + attention(normed, normed, normed)[0]
+
+    conv = block.convolution
+    value, gate = conv.gate(conv.norm(x)).chunk(2, dim=-1)
+    gated = value * torch.sigmoid(gate)
+    kernel = conv.depthwise.weight[:, 0]
+    reach = kernel.shape[-1] // 2
+    padded = F.pad(gated, (0, 0, reach, reach))
+    mixed = sum(kernel[:, k] * padded[:, k : k + x.shape[1]] for k in range(kernel.shape[-1]))
+    x = x + conv.output(F.silu(conv.inner_norm(mixed + conv.depthwise.bias)))
+    return block.norm(x + 0.5 * feed_forward(block.feed_forward_out, x))
+
+
+def test_block_equals_a_written_out_reference():
+    block = ConformerBlock(width=16, num_heads=4, ffn_width=24, conv_kernel=5).eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(3, 11, 16)
+    torch.testing.assert_close(block(x), reference_block(block, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_valid_frames_do_not_depend_on_padding(rotary):
+    model = Conformer(2, width=16, num_heads=2, ffn_width=32, conv_kernel=5, rotary=rotary).eval()
+    x = torch.randn(2, 12, 16)
+    valid = torch.arange(12)[None] < torch.tensor([[12], [7]])
+    output = model(x, valid)
+    torch.testing.assert_close(output[1, :7], model(x[1:, :7])[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output[0], model(x[:1])[0], atol=1e-5, rtol=1e-5)
+    other = torch.where(valid[..., None], x, 100 * torch.randn_like(x))
+    torch.testing.assert_close(output, model(other, valid))
+    assert (output[1, 7:] == 0).all()
+
+
+def test_a_row_without_valid_frames_stays_finite_in_both_directions():
+    model = Conformer(2, width=16, num_heads=2, ffn_width=32, conv_kernel=3)
+    x = torch.randn(2, 6, 16, requires_grad=True)
+    valid = torch.tensor([[True] * 6, [False] * 6])
+    output = model(x, valid)
+    output.square().sum().backward()
+    assert (output[1] == 0).all()
+    assert torch.isfinite(x.grad).all() and x.grad[0].abs().sum() > 0
+
+
+def test_context_reaches_both_ways():
+    model = Conformer(1, width=16, num_heads=2, ffn_width=32, conv_kernel=3).eval()
+    x = torch.randn(1, 30, 16)
+    changed = x.clone()
+    changed[0, -1] = torch.randn(16)
+    assert (model(x)[0, 0] - model(changed)[0, 0]).abs().max() > 1e-6
+
+
+def test_rotary_tells_positions_apart_where_plain_attention_does_not():
+    frames = torch.randn(1, 8, 16)
+    swapped = frames[:, [0, 2, 1, 3, 4, 5, 6, 7]]
+    for rotary, differs in ((False, False), (True, True)):
+        block = ConformerBlock(16, 2, 32, conv_kernel=1, rotary=rotary).eval()
+        change = (block(frames)[0, 7] - block(swapped)[0, 7]).abs().max()
+        assert (change > 1e-4) == differs
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"conv_kernel": 4}, {"num_heads": 3}, {"width": 12, "num_heads": 4, "rotary": True}]
+)
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        ConformerBlock(**{"width": 16, "num_heads": 4, "ffn_width": 8, "conv_kernel": 3, **wrong})
