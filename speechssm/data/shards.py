@@ -178,6 +178,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record = ShardRecord(path.name)
+        self._last_key = ""
         self._partial = partial_name(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _full_disk_is_an_error(path.parent, path.name):
@@ -197,6 +198,9 @@ class Shard:
         """
         if not key or "." in key or key.startswith("__") or len(key) > _MAX_KEY_LENGTH:
             raise ValueError(f"not a sample key: {key!r} (see clean_key)")
+        if key == self._last_key:
+            raise ValueError(f"key {key!r} twice: readers would take both for one sample")
+        self._last_key = key
         encoded = {suffix: _encode(value) for suffix, value in members.items()}
         with _full_disk_is_an_error(self.path.parent, self.path.name):
             self._tar.write({"__key__": key, **encoded})

@@ -291,3 +291,23 @@ def test_configs_build_their_datamodules(folders):
         config.data.folder = str(folders / kind)
         module = hydra.utils.instantiate(config.data, num_workers=0, batch_size=2)
         assert np.isfinite(next(iter(module.train_dataloader()))[next(iter(EXPECTED[kind]))]).all()
+
+
+def test_an_error_swallowed_by_a_loader_thread_ends_the_run(folders, tmp_path):
+    """torch_xla reads the loader in a thread that only ends early when something is raised."""
+    write_unit_shards(tmp_path, [90, 40], per_shard=1)
+    data = UnitDataModule(tmp_path, 20, 2)
+    loader = data.train_dataloader()
+    (tmp_path / "train" / "shard-000001.tar").unlink()
+
+    def swallowing():
+        try:
+            yield from loader
+        except ShardError:
+            return
+
+    assert len(list(swallowing())) < 10
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.datamodule = data
+    with pytest.raises(ShardError, match=r"shard-000001\.tar is named in"):
+        CountConsumedBatches().on_train_epoch_end(trainer, Recorder())
