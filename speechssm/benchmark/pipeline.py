@@ -20,7 +20,7 @@ from speechssm.errors import ConfigError
 from speechssm.evaluation.results import progress_bar, write_results
 from speechssm.evaluation.statistics import Slope, fit_slope
 from speechssm.pipeline import generate
-from speechssm.report.figures import memory_figure, state_figure, step_time_figure
+from speechssm.report.figures import memory_figure, state_figure
 from speechssm.report.rows import Comparison, Row
 from speechssm.report.style import save_figure
 
@@ -132,7 +132,6 @@ def run_pipeline(
     )
     save_figure(memory_figure(sections), out / "memory.svg")
     save_figure(state_figure({"": sections}), out / "state.svg")
-    save_figure(step_time_figure({"": sections}), out / "time_per_token.svg")
     return rows
 
 

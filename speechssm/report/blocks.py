@@ -49,6 +49,7 @@ class Chart:
     drawing: Figure
     caption: str
     description: str
+    title: str = ""
 
 
 @dataclass(frozen=True)

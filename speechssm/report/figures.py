@@ -12,9 +12,9 @@ from speechssm.report.plots import (
     Line,
     plot_against_time,
     plot_dots,
-    plot_lines,
     plot_memory,
     plot_position,
+    plot_training,
     smooth,
 )
 from speechssm.report.rows import Row
@@ -95,76 +95,60 @@ def memory_figure(bench: Mapping[str, Any]) -> Figure:
 
 
 def state_figure(benches: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """State memory against position, one line per model (name -> sections of bench.json)."""
-    return plot_against_time(
-        [
+    """State memory and time per token against position, one line per model.
+
+    Args:
+        benches: model name -> sections of the pipeline's bench.json. Bands of the times are the
+            middle half of the steps.
+    """
+    states, times = [], []
+    for colour, (name, bench) in enumerate(benches.items()):
+        points = bench["positions"]
+        seconds = [point["position"] / bench["rate"] for point in points]
+        state = [point["state_bytes"] / KIB for point in points]
+        states.append(Line(name, seconds, state, colour=colour, markers=True))
+        times.append(
             Line(
                 name,
-                [point["position"] / bench["rate"] for point in bench["positions"]],
-                [point["state_bytes"] / KIB for point in bench["positions"]],
+                seconds,
+                [point["milliseconds"] for point in points],
+                [point["low"] for point in points],
+                [point["high"] for point in points],
                 colour=colour,
                 markers=True,
             )
-            for colour, (name, bench) in enumerate(benches.items())
-        ],
-        "state in KiB",
-    )
+        )
+    panels = {"state in KiB": states, "ms per token": times}
+    return plot_against_time(panels, "position in the generated speech")
 
 
-def step_time_figure(benches: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Time per token against position with the middle half of the steps, one line per model."""
-    return plot_against_time(
-        [
-            Line(
-                name,
-                [point["position"] / bench["rate"] for point in bench["positions"]],
-                [point["milliseconds"] for point in bench["positions"]],
-                [point["low"] for point in bench["positions"]],
-                [point["high"] for point in bench["positions"]],
-                colour=colour,
-                markers=True,
-            )
-            for colour, (name, bench) in enumerate(benches.items())
-        ],
-        "ms per token",
-    )
-
-
-def loss_figure(histories: Mapping[str, Mapping[str, tuple[list[int], list[float]]]]) -> Figure:
-    """Training and held-out loss against steps.
+def loss_figure(
+    histories: Mapping[str, Mapping[str, tuple[list[int], list[float]]]],
+    rates: Mapping[str, tuple[list[int], list[float]]],
+) -> Figure:
+    """Training and held-out loss against steps, and the learning rate beside them.
 
     Args:
         histories: run name -> {"train/loss": (steps, values), "val/loss": ...}.
+        rates: run name -> (steps, learning rates); may be empty.
     """
-    lines = []
     several = len(histories) > 1
+    losses = []
     for colour, (name, history) in enumerate(histories.items()):
-        prefix = f"{name}, " if several else ""
         if "train/loss" in history:
             steps, values = history["train/loss"]
             width = max(1, len(values) // 25)
             if width > 1:
-                lines.append(Line("_", steps, values, colour=colour, faint=True))
-            lines.append(Line(f"{prefix}train", steps, smooth(values, width), colour=colour))
+                losses.append(Line("_", steps, values, colour=colour, faint=True))
+            label = name if several else "train"
+            losses.append(Line(label, steps, smooth(values, width), colour=colour))
         if "val/loss" in history:
             steps, values = history["val/loss"]
-            lines.append(
-                Line(
-                    f"{prefix}held-out",
-                    steps,
-                    values,
-                    colour=colour if several else 1,
-                    dashed=True,
-                    markers=True,
-                )
-            )
-    return plot_lines(lines, "training steps", "loss", height=2.6, legend_columns=3)
-
-
-def rate_figure(histories: Mapping[str, tuple[list[int], list[float]]]) -> Figure:
-    """Learning rate against steps: run name -> (steps, values)."""
+            shown = colour if several else 1
+            label = "_" if several else "held-out"
+            losses.append(Line(label, steps, values, colour=shown, dashed=True, markers=True))
     lines = [
-        Line(name, steps, values, colour=colour)
-        for colour, (name, (steps, values)) in enumerate(histories.items())
+        Line("_", steps, values, colour=colour)
+        for colour, (steps, values) in enumerate(rates.values())
     ]
-    return plot_lines(lines, "training steps", "learning rate", height=1.9, from_zero=True)
+    return plot_training(losses, lines)

@@ -24,7 +24,7 @@ def duration(path: Path) -> float:
         raise ConfigError(f"{path} is not a readable recording ({error}); delete it") from None
 
 
-def spectrogram(path: Path, seconds: float = SHOWN_SECONDS) -> Figure | None:
+def spectrogram(path: Path, width: float, seconds: float = SHOWN_SECONDS) -> Figure | None:
     """Log-mel spectrogram of the beginning of a recording; None where it is shorter than 0.1 s."""
     with soundfile.SoundFile(path) as file:
         rate = file.samplerate
@@ -35,19 +35,22 @@ def spectrogram(path: Path, seconds: float = SHOWN_SECONDS) -> Figure | None:
         rate, n_fft=1024, win_length=int(0.03 * rate), hop_length=int(0.01 * rate), n_mels=96
     )
     log_mel_MT = torch.log(mel(torch.from_numpy(np.ascontiguousarray(audio))) + 1e-6).numpy()
-    return plot_spectrogram(log_mel_MT, len(audio) / rate)
+    return plot_spectrogram(log_mel_MT, len(audio) / rate, width=width)
 
 
 def place_sound(
-    source: Path, report: Path, name: str, title: str, caption: str = "", *, draw: bool = True
+    source: Path, report: Path, name: str, title: str, caption: str = "", *, wide: bool = False
 ) -> Sound:
-    """Copy a recording to `report/audio/NAME.suffix` and draw its beginning."""
+    """Copy a recording to `report/audio/NAME.suffix` and draw its beginning.
+
+    `wide` is for a recording by itself, on the page's whole width.
+    """
     target = report / "audio" / f"{name}{source.suffix}"
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     seconds = duration(source)
     length = f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    shown = f", the first {SHOWN_SECONDS:.0f} s drawn" if draw and seconds > SHOWN_SECONDS else ""
+    shown = f", the first {SHOWN_SECONDS:.0f} s drawn" if seconds > SHOWN_SECONDS else ""
     caption = f"{caption} {length}{shown}.".strip()
-    drawing = spectrogram(source) if draw else None
+    drawing = spectrogram(source, 7.2 if wide else 3.8)
     return Sound(name, target.relative_to(report), title, caption, drawing)

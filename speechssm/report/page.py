@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechssm.errors import ConfigError
+from speechssm.report import measured
 from speechssm.report import sections as parts
 from speechssm.report.blocks import Block, Document, Section
 from speechssm.report.gather import Folder, gather
@@ -13,12 +14,16 @@ from speechssm.report.text import render_latex, render_markdown
 
 FORMATS = {"html": "index.html", "markdown": "report.md", "latex": "report.tex"}
 
-LEADS = {
-    "demo": "All four stages of a spoken language model, from recordings to speech that could go "
+DEMO_LEAD = (
+    "All four stages of a spoken language model, from recordings to speech that could go "
     "on for ever, each trained for minutes on two CPU cores. Trainings this short cannot give "
     "good speech yet: expect a voice's sound and rhythm, not words. What the page shows is that "
     "every part works, beats what needs no learning on recordings it has never seen, and speaks "
-    "on in a fixed amount of memory. Nothing on it is chosen by hand.",
+    "on in a fixed amount of memory. Nothing on it is chosen by hand."
+)
+LEADS = {
+    "demo": "All stages of a spoken language model, from recordings to speech that can go on for "
+    "ever: how each was trained, and what it is worth on recordings that it has never seen.",
     "run": "One training run: its losses, its figures, and how it was made.",
     "sweep": "One model trained several times, each run in a folder of its own.",
 }
@@ -74,14 +79,14 @@ def build(folder: Folder, report: Path) -> Document:
             parts.listening_section(folder, report),
             parts.baselines_section(folder),
             *parts.stages_section(folder, report),
-            *parts.sweep_section(folder, report),
-            parts.position_section(folder),
-            parts.memory_section(folder),
+            *measured.sweep_section(folder, report),
+            measured.position_section(folder),
+            measured.memory_section(folder),
         ]
     elif folder.kind == "sweep":
-        made += [*parts.sweep_section(folder, report), parts.position_section(folder)]
+        made += [*measured.sweep_section(folder, report), measured.position_section(folder)]
         if folder.first_with("memory_slope"):
-            made.append(parts.memory_section(folder))
+            made.append(measured.memory_section(folder))
     else:
         run = folder.runs[0]
         blocks = parts.run_blocks(run, run.stage, report, folder)
@@ -93,12 +98,17 @@ def build(folder: Folder, report: Path) -> Document:
     opening: list[Block] = [facts] if facts else []
     return Document(
         title_of(folder),
-        LEADS[folder.kind],
+        DEMO_LEAD if folder.kind == "demo" and is_small(folder) else LEADS[folder.kind],
         opening,
         [section for section in made if section is not None],
         "Written by `speechssm report` from the files in this folder alone. Every figure is also "
         "in metrics.json, one row each, with its interval, seed, config, hardware and versions.",
     )
+
+
+def is_small(folder: Folder) -> bool:
+    """Whether every run here is of the demo scale, or none is known to be of another."""
+    return all(run.config.get("scale") in ("demo", None) for run in folder.all_runs)
 
 
 def title_of(folder: Folder) -> str:

@@ -1,7 +1,7 @@
 """The project's figures. Each function takes plain numbers and returns a matplotlib Figure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,6 @@ def plot_lines(
     height: float = 2.9,
     width: float = 7.2,
     from_zero: bool = False,
-    legend_columns: int = 4,
 ) -> Figure:
     """An ordinary chart of one or more lines."""
     with figure(width, height) as (drawing, (axes,)):
@@ -91,15 +90,40 @@ def plot_lines(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         if len(lines) > 1:
-            legend(axes, legend_columns)
+            legend(axes)
         return drawing
 
 
-def time_axis(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic axis in seconds with ticks at times that people name."""
+def plot_training(losses: Sequence[Line], rates: Sequence[Line]) -> Figure:
+    """Losses against steps, and learning rates (where there are any) in a narrow panel beside."""
+    columns = 2 if rates else 1
+    options = {"width_ratios": [2.6, 1]} if rates else {}
+    with figure(7.2, 2.7, columns=columns, **options) as (drawing, panels):
+        draw_lines(panels[0], losses)
+        panels[0].set(xlabel="training steps", ylabel="loss")
+        legend(panels[0])
+        if rates:
+            draw_lines(panels[1], rates)
+            panels[1].set(xlabel="training steps")
+            panels[1].set_title("learning rate", fontsize=9, fontweight="normal")
+            panels[1].set_ylim(bottom=0)
+            panels[1].ticklabel_format(axis="y", style="plain")
+            panels[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            panels[1].yaxis.set_major_locator(MaxNLocator(4))
+        for axes, ticks in zip(panels, (6, 3), strict=False):
+            axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
+        return drawing
+
+
+def time_axis(axes: Axes, low: float, high: float, *, narrow: bool = False) -> None:
+    """A logarithmic axis in seconds with ticks at times that people name; fewer where narrow."""
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    places = [place for place in TIME_TICKS if low * 0.999 <= place <= high * 1.001]
+    places = [
+        place
+        for place in TIME_TICKS
+        if low * 0.999 <= place <= high * 1.001 and not (narrow and place in (10, 60))
+    ]
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: TIME_TICKS.get(value, "")))
@@ -146,19 +170,18 @@ def plot_position(
         return drawing
 
 
-def plot_against_time(
-    lines: Sequence[Line], y_label: str, *, height: float = 2.7, from_zero: bool = True
-) -> Figure:
-    """Lines against position in seconds of generated speech on a logarithmic time axis."""
-    with figure(7.2, height) as (drawing, (axes,)):
-        draw_lines(axes, lines)
-        places = [value for line in lines for value in line.x]
-        time_axis(axes, min(places) * 0.85, max(places) * 1.15)
-        axes.set(xlabel="position in the generated speech", ylabel=y_label)
-        if from_zero:
+def plot_against_time(panels: Mapping[str, Sequence[Line]], x_label: str) -> Figure:
+    """Panels side by side, title -> lines with x in seconds, on logarithmic time axes from zero."""
+    with figure(7.2, 2.5, columns=len(panels)) as (drawing, all_axes):
+        for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+            draw_lines(axes, lines)
+            places = [value for line in lines for value in line.x]
+            time_axis(axes, min(places) * 0.8, max(places) * 1.25, narrow=True)
+            axes.set(xlabel=x_label)
+            axes.set_title(title, fontsize=9, fontweight="normal")
             axes.set_ylim(bottom=0)
-        if len(lines) > 1:
-            legend(axes)
+            if len(lines) > 1:
+                legend(axes)
         return drawing
 
 
@@ -219,9 +242,11 @@ def plot_memory(
         return drawing
 
 
-def plot_spectrogram(log_mel_MT: np.ndarray, seconds: float, *, span: float = 9.0) -> Figure:
+def plot_spectrogram(
+    log_mel_MT: np.ndarray, seconds: float, *, width: float = 7.2, span: float = 9.0
+) -> Figure:
     """A log-mel spectrogram [bands, frames], its `span` nats below the loudest shown."""
-    with figure(5.0, 1.5) as (drawing, (axes,)):
+    with figure(width, 1.45) as (drawing, (axes,)):
         top = float(np.max(log_mel_MT)) if log_mel_MT.size else 0.0
         axes.imshow(
             log_mel_MT, origin="lower", aspect="auto", cmap="magma", vmin=top - span, vmax=top,

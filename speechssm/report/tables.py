@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class Table:
         return f"{text}\n\n{self.caption}" if self.caption else text
 
     def html(self) -> str:
-        """A `<table>` with caption, header row and row headers, inside a box that scrolls."""
+        """A `<table>` with header row and row headers in a box that scrolls, and its caption."""
         classes = [' class="number"' if number else "" for number in self._numeric()]
         head = "".join(
             f'<th scope="col"{kind}>{html.escape(column)}</th>'
@@ -63,14 +64,14 @@ class Table:
         for row in self.cells:
             first = f'<th scope="row"{classes[0]}>{html.escape(row[0])}</th>'
             rest = "".join(
-                f"<td{VERDICTS.get(cell[:1], kind)}>{html.escape(cell)}</td>"
+                f"<td{VERDICTS.get(cell[:1], kind)}>{cell_html(cell)}</td>"
                 for cell, kind in zip(row[1:], classes[1:], strict=True)
             )
             body.append(f"<tr>{first}{rest}</tr>")
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
         return (
-            f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{''.join(body)}</tbody></table></div>"
+            f'<figure class="table"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{''.join(body)}</tbody></table></div>{caption}</figure>"
         )
 
     def latex(self) -> str:
@@ -85,6 +86,12 @@ class Table:
         lines += [" & ".join(map(escape_latex, row)) + r" \\" for row in self.cells]
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
         return "\n".join(lines)
+
+
+def cell_html(cell: str) -> str:
+    """A cell's text; an interval behind a value goes below it, so that tables stay narrow."""
+    text = html.escape(cell)
+    return re.sub(r"^(\S+) (\[[^\]]+\])$", r'\1 <span class="interval">\2</span>', text)
 
 
 def escape_latex(text: str) -> str:
@@ -108,12 +115,29 @@ def format_number(value: float | None, digits: int = 4) -> str:
     return text.replace(",", "\u202f").replace("-", "−")
 
 
-def format_interval(value, low, high, digits: int = 4) -> str:
+def format_interval(
+    value: float | None, low: float | None, high: float | None, digits: int = 4
+) -> str:
     """`3.912 [3.871, 3.954]`, or the value alone."""
     text = format_number(value, digits)
     if low is None or high is None:
         return text
     return f"{text} [{format_number(low, digits)}, {format_number(high, digits)}]"
+
+
+def minutes(seconds: float) -> str:
+    """`48 s`, `2 min`, `16 min 30 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    rest = whole % 60
+    return f"{whole // 60} min" + (f" {rest} s" if rest else "")
+
+
+def signed(value: float | None) -> str:
+    """A number with its sign."""
+    text = format_number(value, 2)
+    return text if value is None or value <= 0 else f"+{text}"
 
 
 def rows_table(rows: Iterable[Row], caption: str = "") -> Table:
@@ -151,6 +175,6 @@ def comparisons_table(comparisons: Iterable[Comparison], caption: str = "") -> T
         ]
         for item in comparisons
     ]
-    columns = ["ours", "against", "ours", "baseline", "margin", "needed", "unit", "verdict"]
+    columns = ["what", "against", "ours", "baseline", "margin", "needed", "unit", "verdict"]
     numeric = [False, False, True, True, True, True, False, False]
     return Table(columns, cells, caption, numeric)

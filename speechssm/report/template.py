@@ -61,7 +61,8 @@ def render_block(block: Block) -> str:
         return f'<dl class="facts">{facts}</dl>'
     if isinstance(block, Chart):
         picture = inline_svg(block.drawing, block.name, block.description)
-        return f"<figure>{picture}<figcaption>{escape(block.caption)}</figcaption></figure>"
+        title = f'<div class="chart-title">{escape(block.title)}</div>' if block.title else ""
+        return f"<figure>{title}{picture}<figcaption>{escape(block.caption)}</figcaption></figure>"
     if isinstance(block, Sound):
         return render_sound(block)
     if isinstance(block, Sounds):
