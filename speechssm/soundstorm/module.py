@@ -30,6 +30,10 @@ class SoundStormModule(lightning.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
+        levels = [f"_level_{level + 1}" for level in range(self.model.num_quantizers)]
+        # Units of the logged values in result rows.
+        self.metric_units = {f"loss{level}": "nats/code" for level in ["", *levels]}
+        self.metric_units |= {f"accuracy{level}": "share" for level in ["", *levels]}
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         codes_BQT, length_B = batch["codes"], batch["length"]

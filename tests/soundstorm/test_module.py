@@ -1,0 +1,119 @@
+"""Shapes: B batch, Q quantiser levels, T codec frames, U units."""
+
+import lightning
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from speechssm.soundstorm.module import SoundStormModule
+
+LEVELS, CODES, UNITS, ROWS, LENGTH = 3, 16, 12, 8, 20
+MODEL = dict(
+    _target_="speechssm.soundstorm.model.SoundStorm", unit_vocab_size=UNITS, codebook_size=CODES,
+    num_quantizers=LEVELS, width=32, num_layers=2, num_heads=2, ffn_width=64, conv_kernel=3,
+)  # fmt: skip
+OPTIMIZER = dict(learning_rate=3e-3, weight_decay=0.01, warmup_steps=10, final_ratio=0.05)
+
+
+def batches(count, seed):
+    """Codes that follow from units: level 1 from the unit, finer levels from the level before.
+
+    One code in ten is noise. Level 1 has the unit's skewed distribution, so guessing its most
+    frequent code is a baseline worth beating.
+    """
+    tables = torch.randint(0, CODES, (LEVELS, CODES), generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        units_BU = (torch.rand(ROWS, LENGTH, generator=generator) ** 2 * UNITS).long()
+        code_BT, levels = units_BU.repeat_interleave(2, dim=1), []
+        for table in tables:
+            noise_BT = torch.randint(0, CODES, code_BT.shape, generator=generator)
+            clean_BT = torch.rand(code_BT.shape, generator=generator) < 0.9
+            code_BT = torch.where(clean_BT, table[code_BT], noise_BT)
+            levels.append(code_BT)
+        length_B = torch.full((ROWS,), 2 * LENGTH)
+        length_B[0] = 2 * LENGTH - 8
+        made.append({"codes": torch.stack(levels, 1), "units": units_BU, "length": length_B})
+    return DataLoader(made, batch_size=None)
+
+
+def trainer(steps, folder, **options):
+    return lightning.Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, logger=False, default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+
+
+def unigram_nats(train, held_out, level):
+    codes = torch.cat([batch["codes"][:, level].flatten() for batch in train])
+    probability = (torch.bincount(codes, minlength=CODES) + 1.0) / (len(codes) + CODES)
+    truth = torch.cat([batch["codes"][:, level].flatten() for batch in held_out])
+    return -probability.log()[truth].mean().item()
+
+
+def test_every_level_beats_its_unigram_on_held_out_codes(tmp_path):
+    lightning.seed_everything(1)
+    train, held_out = batches(150, 0), batches(2, 1)
+    module = SoundStormModule(MODEL, OPTIMIZER)
+    run = trainer(150, tmp_path, check_val_every_n_epoch=1)
+    run.fit(module, train, held_out)
+    metrics = {name: value.item() for name, value in run.callback_metrics.items()}
+    for level in range(LEVELS):
+        baseline = unigram_nats(train, held_out, level)
+        assert metrics[f"val/loss_level_{level + 1}"] < baseline - 0.5
+        assert 0.4 < metrics[f"val/accuracy_level_{level + 1}"] <= 0.97
+    levels = [metrics[f"val/loss_level_{level + 1}"] for level in range(LEVELS)]
+    assert metrics["val/loss"] == pytest.approx(sum(levels) / LEVELS, abs=1e-5)
+
+
+def test_validation_repeats_whatever_happened_before(tmp_path):
+    torch.manual_seed(0)
+    module = SoundStormModule(MODEL, OPTIMIZER)
+    held_out = batches(2, 1)
+    first = trainer(1, tmp_path).validate(module, held_out, verbose=False)
+    torch.rand(17)
+    assert trainer(1, tmp_path).validate(module, held_out, verbose=False) == first
+
+
+def test_golden_losses(tmp_path):
+    """A fixed seed gives the recorded losses: whoever changes them should know why."""
+    lightning.seed_everything(7)
+    module = SoundStormModule(MODEL, OPTIMIZER)
+    losses = []
+    step = module.training_step
+    module.training_step = lambda *a: losses.append(step(*a)) or losses[-1]
+    trainer(4, tmp_path).fit(module, batches(4, 3))
+    golden = [2.7689, 2.7423, 2.7197, 2.6793]
+    assert [loss.item() for loss in losses] == pytest.approx(golden, abs=2e-3)
+
+
+def test_a_batch_that_masks_nothing_gives_no_loss_and_finite_gradients(monkeypatch):
+    from speechssm.soundstorm import module as module_file
+
+    module = SoundStormModule(MODEL, OPTIMIZER)
+    monkeypatch.setattr(module, "log", lambda *a, **k: None)
+    draw = module_file.draw
+    # An angle of pi/2 masks no frame at all.
+    monkeypatch.setattr(
+        module_file,
+        "draw",
+        lambda *a, **k: draw(*a, **k)._replace(ratio_B=torch.full((ROWS,), 1.0)),
+    )
+    loss = module.training_step(next(iter(batches(1, 0))), 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_hyper_parameters_rebuild_the_module_from_a_checkpoint(tmp_path):
+    module = SoundStormModule(MODEL, OPTIMIZER)
+    run = trainer(1, tmp_path)
+    run.fit(module, batches(1, 0))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    again = SoundStormModule(**stored["hyper_parameters"])
+    again.load_state_dict(stored["state_dict"])
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
