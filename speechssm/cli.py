@@ -50,16 +50,17 @@ def run(verb: str, words: list[str]) -> int:
     """Run a verb."""
     if verb == "train":
         return run_train(words)
-    from speechssm import verbs
-
     if "--help" in words or "-h" in words:
-        print(verbs.verb_help(verb))
+        print(verb_help(verb))
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    config = verbs.verb_config(verb, words)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     if "--cfg" in words:
+        import yaml
+
+        words = [word for word in words if word not in ("--cfg", "job")]
+        print(yaml.safe_dump(verb_config(verb, words), sort_keys=False), end="")
         return 0
-    getattr(verbs, verb)(config)
+    ACTIONS[verb](verb_config(verb, words))
     return 0
 
 
@@ -99,6 +100,176 @@ def run_train(words: list[str]) -> int:
     if failures:
         raise failures[0]
     return 0
+
+
+def verb_config(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """Compose `conf/VERB.yaml` with the overrides; a word without `=` is the subject.
+
+    Raises:
+        ConfigError: an unknown key or value, or a key without value.
+        UsageError: an unknown flag, or two subjects.
+    """
+    from omegaconf import OmegaConf
+
+    from speechssm.configuration import UsageError, compose, missing_value, plain_keys
+    from speechssm.loading import WEIGHTS_VARIABLE
+
+    subjects = [word for word in words if "=" not in word and not word.startswith("~")]
+    flags = [word for word in subjects if word.startswith("-")]
+    if flags:
+        raise UsageError(f"unknown flag {flags[0]}; see speechssm {verb} --help")
+    if subjects and "subject" not in plain_keys(verb):
+        raise UsageError(f"{verb} takes key=value words only, not {subjects[0]!r}")
+    if len(subjects) > 1:
+        raise UsageError(f"{verb} takes one subject, not {', '.join(subjects)}")
+    overrides = [word for word in words if word not in subjects]
+    config = compose(verb, [*overrides, *(f"subject={word}" for word in subjects)])
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise missing_value(verb, missing)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    os.environ[WEIGHTS_VARIABLE] = str(resolved.get("paths", {}).get("weights") or "")
+    return {str(key): value for key, value in resolved.items()}
+
+
+def verb_help(verb: str) -> str:
+    """The comment at the head of `conf/VERB.yaml`, then its keys with their comments."""
+    from speechssm.configuration import conf_folder, group_options
+
+    lines = (conf_folder() / f"{verb}.yaml").read_text().splitlines()
+    start = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    head = [line.removeprefix("#").removeprefix(" ") for line in lines[:start]]
+    keys, groups, in_defaults = [], [], False
+    for line in lines[start:]:
+        if line.startswith("defaults:"):
+            in_defaults = True
+        elif in_defaults and line.startswith("  - "):
+            group = line.removeprefix("  - ").partition(":")[0]
+            if group not in ("_self_", "paths"):
+                groups.append(f"{group}=NAME, one of: {', '.join(group_options(group))}")
+        elif line.strip():
+            in_defaults = False
+            keys.append(line.replace("???", "(must be given)"))
+    return "\n".join(
+        [*head, "", *groups, *([""] if groups else []), "Keys and their defaults:", *keys]
+    )
+
+
+def prepare(config: dict[str, Any]) -> None:
+    from speechssm.configuration import choose
+    from speechssm.data.prepare import prepare as prepare_corpus
+    from speechssm.data.prepare import prepare_sentencepiece
+
+    subject = choose("subject", config.get("subject") or "corpus", ("corpus", "sentencepiece"))
+    if subject == "sentencepiece":
+        if not config["data"]:
+            from speechssm.errors import ConfigError
+
+            raise ConfigError("data is not set; add data=FOLDER, the out of an earlier prepare")
+        path = prepare_sentencepiece(
+            config["data"],
+            config["out"],
+            vocab_size=config["vocab_size"],
+            model_type=config["model_type"],
+        )
+        print(path)
+        return
+    from hydra.utils import instantiate
+
+    options = ("segment_seconds", "minimum_seconds", "sample_rate", "shard_megabytes", "workers")
+    corpus = instantiate(config["corpus"])
+    summary = prepare_corpus(corpus, config["out"], **{key: config[key] for key in options})
+    print(summary.describe())
+
+
+def tokenize(config: dict[str, Any]) -> None:
+    from speechssm.data.tokenize import tokenize_shards
+    from speechssm.loading import load
+
+    tokenizer = load("tokenizer", config["tokenizer"], device=config["device"])
+    options = {key: config[key] for key in ("index", "count", "progress")}
+    tokenize_shards(config["data"], config["out"], tokenizer, **options)
+
+
+def encode(config: dict[str, Any]) -> None:
+    from speechssm.data.encode import encode_shards
+    from speechssm.loading import load
+
+    codec = load("soundstream", config["codec"], device=config["device"])
+    keys = ("index", "count", "max_shards", "max_seconds", "progress")
+    options = {key: config[key] for key in keys}
+    encode_shards(config["data"], config["units"], config["out"], codec, **options)
+
+
+def generate(config: dict[str, Any]) -> None:
+    from speechssm.audio.io import read_audio
+    from speechssm.loading import load
+    from speechssm.pipeline import generate_to_file
+
+    options = dict(config)
+    for key in ("paths", "device", "prompt", "voice", "out", "seconds", "seed"):
+        options.pop(key, None)
+    stages = {
+        "tokenizer": "tokenizer",
+        "lm": "lm",
+        "soundstorm": "soundstorm",
+        "codec": "soundstream",
+    }
+    audio, rate = read_audio(config["prompt"]) if config.get("prompt") else (None, None)
+    if config.get("voice"):
+        options["voice"] = read_audio(config["voice"])
+    for key, stage in stages.items():
+        options[key] = load(stage, config[key], device=config.get("device", "cpu"))
+    if config.get("prompt"):
+        options["prompt_name"] = str(config["prompt"])
+    made = generate_to_file(
+        config["out"], audio, rate, config["seconds"], config["seed"], **options
+    )
+    print(
+        f"{made.path}: {made.audio_seconds:.1f} s of speech in {made.elapsed_seconds:.1f} s "
+        f"(first sound after {made.first_audio_seconds:.1f} s); units in {made.units_path}"
+    )
+
+
+def evaluate(config: dict[str, Any]) -> None:
+    from speechssm.evaluation.command import evaluate as run_evaluation
+
+    run_evaluation(config)
+    print(f"{Path(config['out']) / 'metrics.json'}")
+
+
+def bench(config: dict[str, Any]) -> None:
+    from speechssm.benchmark.command import bench as run_bench
+
+    run_bench(config)
+    print(f"{Path(config['out']) / 'bench.json'}")
+
+
+def report(config: dict[str, Any]) -> None:
+    from speechssm.report.page import report as write
+
+    for path in write(config).values():
+        print(path)
+
+
+def export(config: dict[str, Any]) -> None:
+    from speechssm.loading import export as write
+
+    keys = ("checkpoint", "data", "licence")
+    print(write(config["model"], config["out"], **{key: config[key] for key in keys}))
+
+
+ACTIONS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "prepare": prepare,
+    "tokenize": tokenize,
+    "encode": encode,
+    "generate": generate,
+    "evaluate": evaluate,
+    "bench": bench,
+    "report": report,
+    "export": export,
+}
 
 
 def report_errors(action: Callable[[], int], debug: bool) -> int:

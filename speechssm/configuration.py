@@ -62,8 +62,9 @@ def compose(
 ) -> DictConfig:
     """Compose `conf/NAME.yaml` with overrides, as the command line does.
 
-    Some verbs have plain keys that are called like a config group (`data=FOLDER`). Hydra would look
-    such an override up among the group's files, so those are set after the composition.
+    Some verbs have plain keys that are called like a config group (`data=FOLDER`), where Hydra
+    would look for a file of that group; and `format=html,markdown` is a list to them, not a sweep.
+    Such keys are set after the composition.
 
     Args:
         config_name: a primary config, for example `train` or `evaluate`.
@@ -85,7 +86,9 @@ def compose(
             late = [
                 entry
                 for entry in parsed
-                if entry.key_or_group in plain & groups and not uses_group(config_name, entry)
+                if entry.key_or_group in plain
+                and (entry.key_or_group in groups or entry.is_sweep_override())
+                and not uses_group(config_name, entry)
             ]
             early = [entry.input_line for entry in parsed if entry not in late]
             config = hydra_compose(config_name, early, return_hydra_config=hydra_node)
@@ -93,8 +96,15 @@ def compose(
         raise explain(error, config_name, overrides) from error
     for entry in late:
         with open_dict(config):
-            config[entry.key_or_group] = entry.value()
+            config[entry.key_or_group] = late_value(entry)
     return config
+
+
+def late_value(override: Any) -> Any:
+    """Value of an override; `a,b` is a list."""
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_iterator()]
+    return override.value()
 
 
 def uses_group(config_name: str, override: Any) -> bool:
@@ -178,3 +188,20 @@ def guess(name: str, options: Sequence[str]) -> str:
     """` (did you mean X?)` when an option is spelt almost like the name."""
     close = difflib.get_close_matches(name, options, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def choose(key: str, value: Any, options: Sequence[str]) -> Any:
+    """`value` if it is one of `options`, else a ConfigError that lists them."""
+    if value not in options:
+        raise ConfigError(
+            f"{key}={value} is unknown{guess(str(value), options)}; choose one of: "
+            f"{', '.join(options)}"
+        )
+    return value
+
+
+def missing_value(verb: str, keys: Sequence[str]) -> SpeechSSMError:
+    """Keys without a value: a wrong usage where it is the subject."""
+    if "subject" in keys:
+        return UsageError(f"say what to {verb}: speechssm {verb} SUBJECT ...; see --help")
+    return ConfigError(f"{keys[0]} is not set; add {keys[0]}=...")

@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from speechssm import __version__
 from speechssm.errors import SpeechSSMError
 from speechssm.runtime.csv_logger import CSVLogger
 
@@ -121,6 +122,27 @@ class ValidateAtEnd(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         if trainer.global_step >= trainer.max_steps > 0:
             trainer.should_stop = True
+
+
+class MarkStage(L.Callback):
+    """Writes into each checkpoint which stage it is, so that nobody loads it as another.
+
+    Args:
+        stage: for example `lm`; name: of the run; config_hash: of what decides its result.
+    """
+
+    def __init__(self, stage: str, name: str, config_hash: str):
+        self.mark = {
+            "stage": stage,
+            "name": name,
+            "config_hash": config_hash,
+            "version": __version__,
+        }
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["speechssm"] = dict(self.mark)
 
 
 class ContinueLogs(L.Callback):

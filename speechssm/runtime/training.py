@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from speechssm.configuration import explain
 from speechssm.errors import CheckpointError, ConfigError, SpeechSSMError
 from speechssm.report.rows import Row, config_hash, write_rows
-from speechssm.runtime.callbacks import ContinueLogs, StepSeeds, ValidateAtEnd
+from speechssm.runtime.callbacks import ContinueLogs, MarkStage, StepSeeds, ValidateAtEnd
 from speechssm.runtime.checkpoint_io import AtomicCheckpointIO
 from speechssm.runtime.memory import keep_freed_memory
 from speechssm.runtime.provenance import write_provenance
@@ -165,6 +165,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         for name, node in (config.get("callbacks") or {}).items()
         if node
     ]
+    callbacks.append(MarkStage(stage, config["name"], run_hash(config)))
     callbacks += [StepSeeds(config["seed"]), ValidateAtEnd(), ContinueLogs(), *data_callbacks()]
     loggers = [] if trial else build_loggers(config, run)
     for logger in loggers:

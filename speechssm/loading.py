@@ -1,0 +1,349 @@
+"""Trained stages back from disk: `load(stage, name_or_path)`, and `export` for use elsewhere.
+
+What can be named: a run folder, a job of a sweep by its label (`SWEEP/16min`), a `.ckpt` file, a
+folder of exported weights, or a NAME that stands for `paths.weights/STAGE/NAME`.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from speechssm import __version__
+from speechssm.configuration import project_folder
+from speechssm.errors import CheckpointError
+from speechssm.runtime.resolvers import stage_name
+
+log = logging.getLogger(__name__)
+
+STAGES = ("tokenizer", "soundstream", "soundstorm", "lm")
+CHECKPOINTS = {"best-or-last": ("best", "last"), "best": ("best",), "last": ("last",)}
+WEIGHTS_VARIABLE = "SPEECHSSM_WEIGHTS"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint or an exported folder holds of a stage.
+
+    Args:
+        path: the file it was read from, for messages.
+        stage: None where the file does not say.
+        model: config of the network, with its `_target_`.
+        weights: its state dict.
+        details: where it came from: run, step, seed, ...
+    """
+
+    path: Path
+    stage: str | None
+    model: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    details: dict[str, Any]
+
+
+def load(
+    stage: str,
+    name_or_path: str | Path,
+    *,
+    checkpoint: str = "best-or-last",
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Load a trained stage, in evaluation mode.
+
+    Args:
+        stage: `tokenizer`, `soundstream`, `soundstorm` or `lm`.
+        name_or_path: see the head of this module.
+        checkpoint: of a run folder: `best-or-last`, `best` (smallest held-out loss) or `last`.
+        device: where the weights go.
+
+    Returns:
+        `tokenizer`: a `WindowedTokenizer`; otherwise the network (`SoundStream`, `SoundStorm`, or a
+        language model).
+
+    Raises:
+        CheckpointError: nothing there, truncated, another stage, or weights that do not fit.
+    """
+    if stage not in STAGES:
+        raise CheckpointError(f"unknown stage {stage!r}; choose one of: {', '.join(STAGES)}")
+    saved = read(find(stage, name_or_path, checkpoint))
+    if saved.stage is not None and saved.stage != stage:
+        raise CheckpointError(
+            f"{saved.path} holds the stage {saved.stage}, not {stage}; name a {stage} run"
+        )
+    model = build_model(saved).to(device)
+    if stage != "tokenizer":
+        return model
+    from speechssm.tokenizer.windowed import WindowedTokenizer
+
+    return WindowedTokenizer(model)
+
+
+def weights_folder() -> Path:
+    """Where NAMEs are looked up: `paths.weights`."""
+    return Path(os.environ.get(WEIGHTS_VARIABLE) or Path(project_folder("data")) / "weights")
+
+
+def find(stage: str | None, name_or_path: str | Path, checkpoint: str = "best-or-last") -> Path:
+    """The file of weights that a name or path means: a `.ckpt` or a `model.safetensors`.
+
+    Raises:
+        CheckpointError: there is none; says what was looked for.
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise CheckpointError(
+            f"checkpoint={checkpoint} is unknown; choose one of: {', '.join(CHECKPOINTS)}"
+        )
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    named = weights_folder() / (stage or "") / path
+    for folder in (path, sweep_job(path), named if not path.is_absolute() else None):
+        if folder is None or not folder.is_dir():
+            continue
+        if (folder / "model.safetensors").is_file():
+            return folder / "model.safetensors"
+        for name in CHECKPOINTS[checkpoint]:
+            if (folder / "checkpoints" / f"{name}.ckpt").is_file():
+                return folder / "checkpoints" / f"{name}.ckpt"
+        if (folder / "sweep.json").is_file():
+            labels = ", ".join(sweep_labels(folder))
+            raise CheckpointError(f"{folder} is a sweep; name one job of it: {folder}/LABEL, "
+                                  f"LABEL is one of {labels}")  # fmt: skip
+        raise CheckpointError(
+            f"{folder} has neither model.safetensors nor checkpoints/{checkpoint}.ckpt; train it, "
+            "or name another folder"
+        )
+    known = sorted(entry.name for entry in named.parent.glob("*") if entry.is_dir())
+    raise CheckpointError(
+        f"{name_or_path}: no such file, run folder or weights"
+        + (f"; known names of {stage}: {', '.join(known)}" if known else "")
+    )
+
+
+def sweep_labels(folder: Path) -> dict[str, str]:
+    """`{label: run folder's name}` of a sweep."""
+    try:
+        jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
+        return {job["label"]: job["folder"] for job in jobs}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def sweep_job(path: Path) -> Path | None:
+    """`SWEEP/16min` -> the run folder of that job."""
+    name = sweep_labels(path.parent).get(path.name)
+    return path.parent / name if name else None
+
+
+def read(path: Path) -> Saved:
+    """Read a `.ckpt` or a `model.safetensors` with its `config.json`.
+
+    Raises:
+        CheckpointError: truncated, or not written by this project.
+    """
+    return read_exported(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> Saved:
+    """Read a Lightning checkpoint; plain data only, no pickled code is run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is truncated or no checkpoint ({reason}); use another one, or train again"
+        ) from error
+    try:
+        model = content["hyper_parameters"]["model"]
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in content["state_dict"].items()
+            if name.startswith("model.")
+        }
+        target = model["_target_"]
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path} was not written by a training of this project") from None
+    mark = content.get("speechssm") or {}
+    stage = mark.get("stage") or stage_name(target)
+    details = {"run": mark.get("name"), "step": content.get("global_step"), **mark}
+    return Saved(path, stage if stage in STAGES else None, dict(model), weights, details)
+
+
+def read_exported(path: Path) -> Saved:
+    """Read exported weights."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config_path = path.with_name("config.json")
+    try:
+        config = json.loads(config_path.read_text())
+        weights = load_file(path)
+        model = dict(config["model"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename or config_path} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path.parent} cannot be read ({' '.join(str(error).split())[:120]}); export it again"
+        ) from None
+    return Saved(path, config.get("stage"), model, weights, config.get("details") or {})
+
+
+def build_model(saved: Saved) -> nn.Module:
+    """The network of `saved`, with its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: an unknown class, or weights that do not fit; names the first tensor.
+    """
+    from hydra.utils import instantiate
+
+    check_targets(saved.model, saved.path)
+    try:
+        model = instantiate(saved.model)
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise CheckpointError(f"{saved.path}: the network cannot be built: {reason}") from error
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(saved.weights))
+    surplus = sorted(set(saved.weights) - set(expected))
+    if missing or surplus:
+        problem = f"lacks {missing[0]}" if missing else f"has an unknown {surplus[0]}"
+        raise CheckpointError(
+            f"{saved.path} {problem} ({len(missing)} tensors missing, {len(surplus)} unknown): it "
+            "was written by another version of the network"
+        )
+    for name, value in saved.weights.items():
+        if value.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{saved.path}: {name} is {list(value.shape)}, the network needs "
+                f"{list(expected[name].shape)}: config and weights do not belong together"
+            )
+    model.load_state_dict(saved.weights)
+    return model.eval()
+
+
+def check_targets(config: Any, path: Path) -> None:
+    """Refuse a config that names anything but network classes: it may come from anywhere.
+
+    Raises:
+        CheckpointError: a `_target_` that is no `nn.Module`.
+    """
+    from hydra.utils import get_class
+
+    if isinstance(config, Mapping):
+        target = config.get("_target_")
+        if target is not None:
+            try:
+                good = issubclass(get_class(target), nn.Module)
+            except Exception:
+                good = False
+            if not good:
+                raise CheckpointError(f"{path} names {target}, which is no network of this project")
+        for value in config.values():
+            check_targets(value, path)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_targets(value, path)
+
+
+def export(
+    name_or_path: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str = "best-or-last",
+    data: str = "",
+    licence: str = "",
+) -> Path:
+    """Write a trained stage as `model.safetensors`, `config.json` and `CARD.md`.
+
+    Args:
+        name_or_path: as for `load`.
+        out: folder, for example `data/weights/lm/NAME`.
+        checkpoint: as for `load`.
+        data: the card's line on what it was trained on.
+        licence: the card's line on the licence of the weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: as `load`; or the file does not say its stage.
+    """
+    from safetensors.torch import save_file
+
+    from speechssm.fingerprint import fingerprint
+    from speechssm.report.rows import write_text
+
+    source = find(None, name_or_path, checkpoint)
+    saved = read(source)
+    if saved.stage is None:
+        raise CheckpointError(f"{source} does not say which stage it is; export its run folder")
+    model = build_model(saved)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    # Copies, because tied parameters share memory, which the format does not allow.
+    weights = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
+    temporary = out / ".model.safetensors"
+    save_file(weights, temporary, metadata={"format": "pt"})
+    os.replace(temporary, out / "model.safetensors")
+    config = {
+        "stage": saved.stage,
+        "model": saved.model,
+        "fingerprint": fingerprint(saved.model, weights),
+        "version": __version__,
+        "details": saved.details,
+    }
+    write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
+    write_text(out / "CARD.md", card(saved, weights, run_figures(source), data, licence))
+    size = (out / "model.safetensors").stat().st_size / 2**20
+    log.info("%s: %s, %.1f MiB", out, saved.stage, size)
+    return out
+
+
+def run_figures(source: Path) -> list[str]:
+    """`loss (heldout): 5.31 nats/unit` for each result of the run that a checkpoint lies in."""
+    from speechssm.report.rows import read_rows
+
+    path = source.parent.parent / "metrics.json"
+    if source.suffix != ".ckpt" or not path.is_file():
+        return []
+    return [
+        f"{row.name} ({row.split}): {row.value:.4g} {row.unit}".rstrip()
+        for row in read_rows(path)
+        if row.split == "heldout" and row.value is not None
+    ]
+
+
+def card(
+    saved: Saved,
+    weights: Mapping[str, torch.Tensor],
+    figures: list[str],
+    data: str,
+    licence: str,
+) -> str:
+    """The text of `CARD.md`."""
+    count = sum(value.numel() for value in weights.values())
+    lines = [
+        f"# {saved.stage}: {saved.details.get('run') or saved.path.parent.name}",
+        "",
+        f"`{saved.model.get('_target_')}`, {count / 1e6:.2f} M numbers, written by speechssm "
+        f"{__version__} after {saved.details.get('step')} steps.",
+        "",
+        "```python",
+        f'from speechssm import load\nmodel = load("{saved.stage}", "THIS FOLDER")',
+        "```",
+        "",
+        f"- Data: {data or 'not stated'}",
+        f"- Licence of the weights: {licence or 'not stated'}",
+        "- Figures: " + ("; ".join(figures) or "none beside the checkpoint"),
+        "- Limits: a model knows the language, voices and recording conditions of its data only, "
+        "and says things that are not true.",
+        "- A prompt of 3 s imitates a voice. Whoever uses it needs that person's consent, and "
+        "should say that the speech is synthetic.",
+        "",
+    ]
+    return "\n".join(lines)
