@@ -233,7 +233,11 @@ def default_voice() -> tuple[np.ndarray, int]:
 
 
 def check_models(tokenizer, lm, soundstorm, codec) -> None:
-    """Raises FingerprintError or ConfigError unless the four models speak the same tokens."""
+    """Raises FingerprintError or ConfigError unless the four models speak the same tokens.
+
+    Sizes always have to agree. A model that says what it was `trained_on` ({"tokenizer_fingerprint":
+    ..., "codec_fingerprint": ...}, as loaded checkpoints do) is also held to that.
+    """
     sizes = {"lm": lm.vocab_size, "soundstorm": soundstorm.unit_vocab_size}
     for name, size in sizes.items():
         if size != tokenizer.vocab_size:
@@ -242,6 +246,17 @@ def check_models(tokenizer, lm, soundstorm, codec) -> None:
                 f"tokenizer that made the {name}'s training units"
             )
     check_codec(soundstorm, codec)
+    makers = {"tokenizer": tokenizer, "codec": codec}
+    for name, model in (("lm", lm), ("soundstorm", soundstorm)):
+        trained_on = getattr(model, "trained_on", None) or {}
+        for maker, instance in makers.items():
+            expected = trained_on.get(f"{maker}_fingerprint")
+            if expected is not None and expected != instance.fingerprint:
+                raise FingerprintError(
+                    f"{name} was trained on tokens of the {maker} {expected[:12]}, but {maker}= "
+                    f"names {instance.fingerprint[:12]}; name the one that made them, or train "
+                    f"the {name} again"
+                )
     if tokenizer.rate * soundstorm.unit_repeat * codec.hop_length != codec.sample_rate:
         raise ConfigError(
             f"{tokenizer.rate} units a second of {soundstorm.unit_repeat} frames of "

@@ -225,6 +225,19 @@ def test_models_of_other_vocabularies_are_refused(models):
         generate(speech(3), RATE, 1.0, 0, **models)
 
 
+def test_models_trained_on_tokens_of_another_model_are_refused(models):
+    made_by = {
+        "tokenizer_fingerprint": models["tokenizer"].fingerprint,
+        "codec_fingerprint": models["codec"].fingerprint,
+    }
+    models["lm"].trained_on = made_by
+    generate(speech(3), RATE, 1.0, 0, **models)
+    for maker in ("tokenizer", "codec"):
+        models["lm"].trained_on = made_by | {f"{maker}_fingerprint": "f" * 64}
+        with pytest.raises(FingerprintError, match=f"lm was trained on tokens of the {maker}"):
+            generate(speech(3), RATE, 1.0, 0, **models)
+
+
 def test_a_codec_of_another_rate_or_codebook_is_refused(models):
     small = dict(channels=(2, 2, 2), code_width=4, num_quantizers=2, dilations=(1,))
     models["codec"] = SoundStream(strides=(2, 4), codebook_size=16, **small)
