@@ -26,9 +26,10 @@ from speechssm.report.style import save_figure
 
 KIB, MIB = 1024.0, 1024.0**2
 LEAST_WINDOWS = 50
-# A slope that is certainly below this is called none: a quarter page of memory per window, less
-# than 200 KiB in an hour of speech in 30 s windows.
-NEGLIGIBLE_KIB = 1.0
+# A slope that is certainly below the first is called none: a quarter page of memory per window,
+# less than 200 KiB in an hour of speech in 30 s windows. An interval that reaches the second says
+# nothing.
+NEGLIGIBLE_KIB, WIDEST_KIB = 1.0, 64.0
 WARM_UP_WINDOWS = 5
 
 
@@ -203,11 +204,12 @@ def memory_rows(
 
 
 def no_growth(slope: Slope) -> bool:
-    """True where memory does not grow: the interval holds zero or lies below, or is negligible.
+    """True where memory is shown not to grow. `slope` in KiB per window.
 
-    `slope` in KiB per window. Negligible means that even its upper end is below 1 KiB.
+    Either the whole interval is below 1 KiB, or it holds zero and is narrow enough to say
+    something: its upper end is below 64 KiB, 10 MiB in an hour of speech in 30 s windows.
     """
-    return slope.low <= 0 or slope.high < NEGLIGIBLE_KIB
+    return slope.high < NEGLIGIBLE_KIB or (slope.low <= 0 and slope.high < WIDEST_KIB)
 
 
 def growth_comparisons(slopes: Mapping[str, Slope]) -> list[Comparison]:

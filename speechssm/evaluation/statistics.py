@@ -87,7 +87,8 @@ def bootstrap_statistic(
     """A function of pooled counts (an entropy, a perplexity), with a bootstrap over groups.
 
     The interval is the "basic" one, 2 * value - quantile: entropies of resampled counts are biased
-    low, and a percentile interval would double that bias instead of undoing it.
+    low, and a percentile interval would double that bias instead of undoing it. Where the bias is
+    larger than the spread it is widened to hold the value itself.
 
     Args:
         histograms: [G, V] counts of each group.
@@ -103,7 +104,8 @@ def bootstrap_statistic(
     )
     values = [statistic(row @ histograms) for row in weights]
     lower, upper = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(2 * value - upper), float(2 * value - lower), groups)
+    low, high = min(2 * value - upper, value), max(2 * value - lower, value)
+    return Interval(value, float(low), float(high), groups)
 
 
 def fit_slope(x: np.ndarray, y: np.ndarray) -> Slope:

@@ -1,6 +1,7 @@
-"""A made-up demo folder with the layout of a real one. Fixtures only: no figure here is a result."""
+"""A made-up demo folder with the layout of a real one. No figure in here is a result."""
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -88,14 +89,15 @@ def write_tone(path: Path, seconds: float) -> Path:
 def position_points(bias: float, stop: int) -> list[dict]:
     edges = [0, *(round(8 * 2 ** (step / 2)) for step in range(26))]
     points = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         n = max(3, 40 - len(points))
         if end > stop:
             break
         value = 3.3 + bias + 1.2 * math.exp(-end / 60)
         seconds = math.sqrt(max(start, end / 4) * end) / 25
+        half = 0.5 / n**0.5
         points.append({"start": start, "stop": end, "seconds": seconds, "value": value,
-                       "low": value - 0.5 / n**0.5, "high": value + 0.5 / n**0.5, "n": n})  # fmt: skip
+                       "low": value - half, "high": value + half, "n": n})  # fmt: skip
     return points
 
 
@@ -146,7 +148,8 @@ def write_bench(folder: Path) -> Path:
     comparison = Comparison("pipeline", "memory_slope", "allocated memory", "no growth", 0.31, 0.0,
                             -0.31, -1.0, "KiB/window", True, -1.4, 0.8, 55)  # fmt: skip
     write_rows(folder / "bench.json", rows, comparisons=[comparison], windows=windows,
-               slopes={"allocated": slope}, positions=positions, rate=25, warm_up_windows=5)  # fmt: skip
+               slopes={"allocated": slope}, positions=positions, rate=25,
+               warm_up_windows=5)  # fmt: skip
     return folder
 
 
