@@ -77,6 +77,8 @@ def load(
         )
     model = build_model(saved).to(device)
     if stage != "tokenizer":
+        # Fingerprints of the tokenizer and codec whose tokens it has learned: the pipeline checks.
+        model.trained_on = saved.details.get("trained_on") or {}
         return model
     from speechssm.tokenizer.windowed import WindowedTokenizer
 
@@ -171,6 +173,9 @@ def read_checkpoint(path: Path) -> Saved:
     mark = content.get("speechssm") or {}
     stage = mark.get("stage") or stage_name(target)
     details = {"run": mark.get("name"), "step": content.get("global_step"), **mark}
+    for entry in content.values():  # the datamodule's state says whose tokens they were
+        if isinstance(entry, dict) and "fingerprints" in entry:
+            details["trained_on"] = dict(entry["fingerprints"])
     return Saved(path, stage if stage in STAGES else None, dict(model), weights, details)
 
 

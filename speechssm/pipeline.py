@@ -235,8 +235,8 @@ def default_voice() -> tuple[np.ndarray, int]:
 def check_models(tokenizer, lm, soundstorm, codec) -> None:
     """Raises FingerprintError or ConfigError unless the four models speak the same tokens.
 
-    Sizes always have to agree. A model that says what it was `trained_on` ({"tokenizer_fingerprint":
-    ..., "codec_fingerprint": ...}, as loaded checkpoints do) is also held to that.
+    Sizes always have to agree. A model that says what it was `trained_on`, as loaded checkpoints
+    do ({"tokenizer_fingerprint": ..., "codec_fingerprint": ...}), is also held to that.
     """
     sizes = {"lm": lm.vocab_size, "soundstorm": soundstorm.unit_vocab_size}
     for name, size in sizes.items():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from speechssm.loading import load
 from speechssm.soundstorm.module import SoundStormModule
 
 LEVELS, CODES, UNITS, ROWS, LENGTH = 3, 16, 12, 8, 20
@@ -117,3 +118,19 @@ def test_hyper_parameters_rebuild_the_module_from_a_checkpoint(tmp_path):
     again.load_state_dict(stored["state_dict"])
     for name, tensor in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+class MarkedBatches(lightning.LightningDataModule):
+    def train_dataloader(self):
+        return batches(1, 0)
+
+    def state_dict(self):
+        return {"fingerprints": {"tokenizer_fingerprint": "a" * 64, "codec_fingerprint": "b" * 64}}
+
+
+def test_a_loaded_checkpoint_says_whose_tokens_it_was_trained_on(tmp_path):
+    run = trainer(1, tmp_path)
+    run.fit(SoundStormModule(MODEL, OPTIMIZER), datamodule=MarkedBatches())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = load("soundstorm", tmp_path / "last.ckpt")
+    assert loaded.trained_on == MarkedBatches().state_dict()["fingerprints"]
