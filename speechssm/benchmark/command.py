@@ -41,7 +41,7 @@ def bench_pipeline(config: Mapping[str, Any], options: dict[str, Any]) -> list[R
     }
     paths = {key: named_model(config, key) for key in keys}
     models = {key: load(stage, paths[key], device=device_of(config)) for key, stage in keys.items()}
-    details = run_details(paths["lm"]) | {"seed": int(config.get("seed") or 0)}
+    details = run_details("lm", paths["lm"]) | {"seed": int(config.get("seed") or 0)}
     return run_pipeline(config["out"], seed=details["seed"], details=details, **models, **options)
 
 

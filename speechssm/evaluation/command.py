@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from speechssm.errors import ConfigError
-from speechssm.loading import load
-from speechssm.report.gather import find_runs, is_run, read_run, run_labels
+from speechssm.loading import find, load
+from speechssm.report.gather import Run, find_runs, is_run, read_run, run_labels
 from speechssm.report.rows import Row
 
 
@@ -35,7 +35,7 @@ def evaluate_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> li
     from speechssm.evaluation.tokenizer import evaluate_tokenizer
 
     tokenizer = config.get("tokenizer")
-    details = run_details(tokenizer) if tokenizer else {}
+    details = run_details("tokenizer", tokenizer) if tokenizer else {}
     return evaluate_tokenizer(config["data"], config["out"], details=details, **options)
 
 
@@ -45,7 +45,7 @@ def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[R
     path = named_model(config, "codec")
     codec = load("soundstream", path, device=device_of(config))
     return evaluate_codec(
-        codec, config["data"], config["out"], details=run_details(path), **options
+        codec, config["data"], config["out"], details=run_details("soundstream", path), **options
     )
 
 
@@ -55,7 +55,7 @@ def evaluate_acoustic(config: Mapping[str, Any], options: dict[str, Any]) -> lis
     path = named_model(config, "soundstorm")
     model = load("soundstorm", path, device=device_of(config))
     return evaluate_acoustic(
-        model, config["data"], config["out"], details=run_details(path), **options
+        model, config["data"], config["out"], details=run_details("soundstorm", path), **options
     )
 
 
@@ -64,9 +64,13 @@ def evaluate_likelihood(config: Mapping[str, Any], options: dict[str, Any]) -> l
     from speechssm.evaluation.likelihood import Candidate, evaluate_likelihood
 
     path = Path(named_model(config, "lm"))
-    candidates = {}
-    if path.is_dir() and (is_run(path) or any(is_run(child) for child in path.glob("*"))):
+    if path.is_dir() and not is_run(path) and any(is_run(child) for child in path.glob("*")):
         runs = find_runs(path)
+    else:
+        run = run_of("lm", path)
+        runs = [run] if run else []
+    candidates = {}
+    if runs:
         for label, run in zip(run_labels(runs), runs, strict=True):
             candidates[label] = Candidate(
                 load("lm", str(run.folder), device=device_of(config)),
@@ -86,9 +90,20 @@ def named_model(config: Mapping[str, Any], key: str) -> str:
     return str(value)
 
 
-def run_details(path: str | Path) -> dict[str, Any]:
-    """Row fields of the run in a folder; empty for exported weights."""
-    return read_run(path).details if is_run(Path(path)) else {"model": Path(path).name}
+def run_of(stage: str, path: str | Path) -> Run | None:
+    """The run whose checkpoint a name or path means; None for exported weights.
+
+    Raises:
+        CheckpointError: there are no weights of that name.
+    """
+    folder = find(stage, path).parent.parent
+    return read_run(folder) if is_run(folder) else None
+
+
+def run_details(stage: str, path: str | Path) -> dict[str, Any]:
+    """Row fields of the run that a name or path means; the name alone for exported weights."""
+    run = run_of(stage, path)
+    return run.details if run else {"model": Path(path).name}
 
 
 SUBJECTS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], list[Row]]] = {
