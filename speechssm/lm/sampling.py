@@ -117,6 +117,7 @@ def _generate(model, prompt_BT, chunk, temperature, seed, max_units) -> Iterator
     # inference_mode must not be open across a yield: it would leak into the caller's code.
     with torch.inference_mode():
         logits_BV, state = prefill(model, prompt_BT, max_positions)
+    token_B1 = None
     done = 0
     while max_units is None or done < max_units:
         count = chunk if max_units is None else min(chunk, max_units - done)
@@ -127,7 +128,7 @@ def _generate(model, prompt_BT, chunk, temperature, seed, max_units) -> Iterator
             ).to(device)
             units = []
             for uniform_B in uniform_NB:
-                if units or done:
+                if token_B1 is not None:
                     hidden_B1D, state = model(token_B1, None, state)
                     logits_BV = model.logits(hidden_B1D[:, -1])
                 token_B1 = sample(logits_BV, uniform_B, temperature)[:, None]

@@ -21,19 +21,58 @@ class RGLRUState(NamedTuple):
     hidden_BD: torch.Tensor
 
 
-class SqrtWithBoundedGradient(torch.autograd.Function):
-    """sqrt whose derivative is clipped at 1000: near 0 the true one is infinite."""
+class GateAndInput(torch.autograd.Function):
+    """From the gates' logits to the recurrence's gate and input, with the gradient by hand.
+
+    By hand for two reasons: the derivative of sqrt(1 - a^2) must be clipped (at 1000, as in
+    Griffin's code: near a = 1 the true one is infinite), and autograd would keep and pass over
+    twice as many tensors of the size of the activations.
+    """
 
     @staticmethod
-    def forward(ctx, x):
-        root = x.sqrt()
-        ctx.save_for_backward(root)
-        return root
+    def forward(ctx, input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D, start_BT1):
+        i_BTD = input_logit_BTD.sigmoid()
+        r_BTD = recurrence_logit_BTD.sigmoid()
+        gate_BTD = (r_BTD * rate_D).exp_()
+        # 1 - a^2 through expm1: at a = 0.999 the plain form loses half of its digits.
+        multiplier_BTD = (r_BTD * (2 * rate_D)).expm1_().neg_().sqrt_()
+        if start_BT1 is not None:
+            multiplier_BTD.masked_fill_(start_BT1, 1)
+        value_BTD = (i_BTD * x_BTD).mul_(multiplier_BTD)
+        ctx.save_for_backward(i_BTD, r_BTD, x_BTD, rate_D, start_BT1, gate_BTD, multiplier_BTD)
+        return gate_BTD, value_BTD
 
     @staticmethod
-    def backward(ctx, grad):
-        (root,) = ctx.saved_tensors
-        return grad / (2 * root).clamp(min=1 / MAX_SQRT_GRADIENT)
+    def backward(ctx, grad_gate_BTD, grad_value_BTD):
+        i_BTD, r_BTD, x_BTD, rate_D, start_BT1, gate_BTD, multiplier_BTD = ctx.saved_tensors
+        grad_x_BTD = (grad_value_BTD * multiplier_BTD).mul_(i_BTD)
+        product_BTD = grad_value_BTD * x_BTD
+        grad_input_logit_BTD = (product_BTD * multiplier_BTD).mul_(i_BTD).mul_(1 - i_BTD)
+        # d multiplier / d log a = -a^2 / multiplier, where 1 / (2 multiplier) is at most 1000.
+        grad_multiplier_BTD = product_BTD.mul_(i_BTD)
+        if start_BT1 is not None:
+            grad_multiplier_BTD.masked_fill_(start_BT1, 0)
+        slope_BTD = gate_BTD / multiplier_BTD.clamp(min=0.5 / MAX_SQRT_GRADIENT)
+        grad_log_BTD = (grad_gate_BTD - slope_BTD.mul_(grad_multiplier_BTD)).mul_(gate_BTD)
+        scaled_BTD = grad_log_BTD.mul_(r_BTD)
+        grad_rate_D = scaled_BTD.sum((0, 1))
+        grad_recurrence_logit_BTD = scaled_BTD.mul_(1 - r_BTD).mul_(rate_D)
+        return grad_input_logit_BTD, grad_recurrence_logit_BTD, grad_x_BTD, grad_rate_D, None
+
+
+def gate_and_input(
+    input_logit_BTD: torch.Tensor,
+    recurrence_logit_BTD: torch.Tensor,
+    x_BTD: torch.Tensor,
+    rate_D: torch.Tensor,
+    document_start_BT: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a = exp(r * rate) and sqrt(1 - a^2) * i * x, where r and i are sigmoids of the logits.
+
+    All float32. `rate_D` is negative. At document starts the square root is replaced by one.
+    """
+    start_BT1 = None if document_start_BT is None else document_start_BT.unsqueeze(-1)
+    return GateAndInput.apply(input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D, start_BT1)
 
 
 class RGLRU(nn.Module):
@@ -79,17 +118,17 @@ class RGLRU(nn.Module):
         state: RGLRUState | None = None,
     ) -> tuple[torch.Tensor, RGLRUState | None]:
         """Runs over a chunk. Without a state the row starts from zero and none is returned."""
-        input_gate_BTD = self.input_gate(x_BTD).float().sigmoid()
-        recurrence_gate_BTD = self.recurrence_gate(x_BTD).float().sigmoid()
         rate_D = -GATE_SCALE * nn.functional.softplus(self.decay.float())
-        log_decay_BTD = recurrence_gate_BTD * rate_D
-        # 1 - a^2 through expm1: at a = 0.999 the plain form loses half of its digits.
-        multiplier_BTD = SqrtWithBoundedGradient.apply(-torch.expm1(2 * log_decay_BTD))
-        if document_start_BT is not None:
-            multiplier_BTD = multiplier_BTD.masked_fill(document_start_BT.unsqueeze(-1), 1)
+        gate_BTD, value_BTD = gate_and_input(
+            self.input_gate(x_BTD).float(),
+            self.recurrence_gate(x_BTD).float(),
+            x_BTD.float(),
+            rate_D,
+            document_start_BT,
+        )
         states_BTD, last_BD = linear_scan(
-            log_decay_BTD.exp(),
-            multiplier_BTD * (input_gate_BTD * x_BTD.float()),
+            gate_BTD,
+            value_BTD,
             None if state is None else state.hidden_BD,
             document_start_BT,
             backend=self.scan_backend,

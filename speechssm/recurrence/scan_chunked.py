@@ -22,7 +22,7 @@ def states_forward(
     gate_BTD: torch.Tensor, input_BTD: torch.Tensor, initial_BD: torch.Tensor
 ) -> torch.Tensor:
     """States of the recurrence, without autograd. All tensors of one floating dtype."""
-    batch, length, width = gate_BTD.shape
+    length = gate_BTD.shape[1]
     chunk = chunk_length(length)
     chunks = length // chunk
     whole = chunk * chunks

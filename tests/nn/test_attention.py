@@ -1,0 +1,139 @@
+"""Attention layer: window, documents, cache."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechssm.errors import ConfigError
+from speechssm.nn.attention import MultiQueryAttention
+from speechssm.nn.rotary import apply_rotary
+from speechssm.nn.state import reset_rows, state_bytes
+
+WIDTH, HEADS = 24, 3
+
+
+def dense_attention(layer, x_BTD, document_start_BT, window, positions_BT):
+    """The layer's definition with one dense mask, written without any of its helpers."""
+    batch, length, width = x_BTD.shape
+    head = width // HEADS
+    query = layer.query(x_BTD).view(batch, length, HEADS, head)
+    key = layer.key(x_BTD).view(batch, length, 1, head)
+    value = layer.value(x_BTD)
+    if layer.positions == "rotary":
+        query = apply_rotary(query, positions_BT, layer.rotary_fraction)
+        key = apply_rotary(key, positions_BT, layer.rotary_fraction)
+    logits = torch.einsum("btnh,bsh->bnts", query, key.squeeze(2)) / math.sqrt(head)
+    document = document_start_BT.long().cumsum(1)
+    for b in range(batch):
+        for t in range(length):
+            for s in range(length):
+                visible = s <= t and t - s < window and document[b, s] == document[b, t]
+                if not visible:
+                    logits[b, :, t, s] = -math.inf
+    attended = torch.einsum("bnts,bsh->btnh", logits.softmax(-1), value)
+    return layer.output(attended.flatten(2))
+
+
+def starts_and_positions(batch, length, seed):
+    starts = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.1
+    positions = torch.zeros(batch, length, dtype=torch.int64)
+    for b in range(batch):
+        for t in range(length):
+            first = t == 0 or bool(starts[b, t])
+            positions[b, t] = 0 if first else positions[b, t - 1] + 1
+    return starts, positions
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 23])
+@pytest.mark.parametrize(("window", "positions"), [(1, "none"), (5, "rotary"), (None, "rotary")])
+def test_attention_equals_a_dense_mask(window, positions, length):
+    torch.manual_seed(0)
+    layer = MultiQueryAttention(WIDTH, HEADS, window, max_positions=64, positions=positions)
+    x_BTD = torch.randn(2, length, WIDTH)
+    starts, true_positions = starts_and_positions(2, length, seed=length)
+    expected = dense_attention(layer, x_BTD, starts, window or length, true_positions)
+    torch.testing.assert_close(layer(x_BTD, starts)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_window_counts_the_position_itself():
+    layer = MultiQueryAttention(WIDTH, HEADS, window=4)
+    x_BTD = torch.randn(1, 10, WIDTH, requires_grad=True)
+    layer(x_BTD)[0][0, 8].sum().backward()
+    seen = x_BTD.grad[0].abs().sum(-1) > 0
+    assert seen.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    pieces=st.lists(st.integers(1, 17), min_size=1, max_size=7),
+    window=st.sampled_from([1, 3, 8, None]),
+    positions=st.sampled_from(["none", "rotary"]),
+    seed=st.integers(0, 1000),
+)
+def test_streaming_equals_batch_for_any_split(pieces, window, positions, seed):
+    torch.manual_seed(seed)
+    layer = MultiQueryAttention(
+        WIDTH, HEADS, window, max_positions=128, positions=positions, rotary_fraction=0.5
+    )
+    length = sum(pieces)
+    x_BTD = torch.randn(2, length, WIDTH)
+    starts, _ = starts_and_positions(2, length, seed)
+    expected, none = layer(x_BTD, starts)
+    assert none is None
+    state = layer.initial_state(2, device=None, dtype=torch.float32)
+    size = state_bytes(state)
+    outputs, begin = [], 0
+    for piece in pieces:
+        output, state = layer(
+            x_BTD[:, begin : begin + piece], starts[:, begin : begin + piece], state
+        )
+        outputs.append(output)
+        begin += piece
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=1e-5, rtol=1e-5)
+    assert state_bytes(state) == size
+
+
+def test_a_reset_row_forgets_and_its_neighbour_does_not():
+    torch.manual_seed(0)
+    layer = MultiQueryAttention(WIDTH, HEADS, window=6)
+    before, after = torch.randn(2, 9, WIDTH), torch.randn(2, 4, WIDTH)
+    _, state = layer(before, None, layer.initial_state(2, device=None, dtype=torch.float32))
+    continued, _ = layer(after, None, state)
+    reset, _ = layer(after, None, reset_rows(state, torch.tensor([True, False])))
+    torch.testing.assert_close(reset[0], layer(after)[0][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reset[1], continued[1])
+
+
+def test_full_attention_in_blocks_has_the_gradients_of_one_block(monkeypatch):
+    torch.manual_seed(0)
+    layer = MultiQueryAttention(WIDTH, HEADS, None, max_positions=8, positions="rotary")
+    x_BTD = torch.randn(2, 20, WIDTH)
+    starts, _ = starts_and_positions(2, 20, seed=1)
+
+    def gradients():
+        layer.zero_grad()
+        layer(x_BTD, starts)[0].square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    whole = gradients()
+    monkeypatch.setattr("speechssm.nn.attention.FULL_ATTENTION_BLOCK", 7)
+    for in_blocks, expected in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(in_blocks, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window=0"),
+        ({"num_heads": 5}, "num_heads=5"),
+        ({"window": None}, "max_positions=None"),
+        ({"positions": "alibi"}, "alibi"),
+        ({"positions": "rotary", "rotary_fraction": 0.4}, "rotary_fraction=0.4"),
+    ],
+)
+def test_impossible_options_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        MultiQueryAttention(**{"width": WIDTH, "num_heads": HEADS, "window": 4, **arguments})
