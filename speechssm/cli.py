@@ -67,8 +67,10 @@ def run(verb: str, words: list[str]) -> int:
 def run_train(words: list[str]) -> int:
     """Hand the words to Hydra; it calls `train` once, or the launcher for each job of a sweep."""
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    from speechssm.configuration import conf_folder
+    from speechssm.configuration import conf_folder, explain
     from speechssm.runtime.resolvers import register_resolvers
     from speechssm.runtime.sweep import check_sweep, register_launcher
 
@@ -95,6 +97,8 @@ def run_train(words: list[str]) -> int:
     sys.argv = ["train.py", *words]
     try:
         hydra.main(str(conf_folder()), "train", version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, "train", [word for word in words if "=" in word]) from error
     finally:
         sys.argv = started_with
     if failures:
@@ -305,14 +309,7 @@ def explain_exception(error: Exception) -> int:
 
 
 def translate(error: Exception) -> Exception:
-    """Exceptions of Hydra and OmegaConf, of a full disk and of missing rights, as ours."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from speechssm.configuration import explain
-
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain(error, "train", [word for word in sys.argv[1:] if "=" in word])
+    """A full disk, missing rights and the like as ours."""
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{Path(str(error.filename))}: " if error.filename else ""
         return SpeechSSMError(f"{where}{error.strerror}")

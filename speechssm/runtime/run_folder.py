@@ -1,5 +1,6 @@
 """What a run folder holds, and whether a run that is asked for is new, unfinished or done."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from speechssm.errors import ConfigError
-from speechssm.report.rows import config_hash, write_text
+from speechssm.configuration import explain
+from speechssm.errors import ConfigError, SpeechSSMError
+from speechssm.report.rows import config_hash, read_rows, write_text
 
 # Keys that say where and how a run is watched, not what comes out of it.
 WITHOUT_RESULT = {
@@ -153,3 +156,35 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 def run_hash(config: Mapping[str, Any]) -> str:
     """Hash of what decides the result (of `comparable`)."""
     return config_hash(comparable(config))
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve a composed config to plain containers, without Hydra's own node.
+
+    Raises:
+        ConfigError: a key without a value, or an interpolation that leads nowhere.
+    """
+    cfg = copy.deepcopy(cfg)
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=...")
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except SpeechSSMError:
+        raise
+    except Exception as error:  # omegaconf wraps what a resolver raises
+        raise explain(error, "train", ()) from error
+    assert isinstance(config, dict)
+    return config
+
+
+def finished_metrics(run: RunFolder) -> dict[str, float]:
+    """The metrics that a finished run has left."""
+    names = {"train": "train", "heldout": "val"}
+    return {
+        f"{names[row.split]}/{row.name}": float(row.value)
+        for row in read_rows(run.metrics)
+        if row.split in names and row.value is not None
+    }

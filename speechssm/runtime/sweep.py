@@ -35,6 +35,8 @@ from speechssm.runtime.run_folder import (
     WITHOUT_RESULT_IN,
     RunFolder,
     canonical_path,
+    finished_metrics,
+    plain_config,
 )
 
 log = logging.getLogger(__name__)
@@ -142,6 +144,7 @@ class SweepFile:
         self.lock = Lock()
         earlier = read_sweep(folder)["jobs"] if self.path.is_file() else []
         names = {job.folder for job in jobs}
+        self.seconds_before = {job["folder"]: job["seconds"] for job in earlier}
         self.jobs = [Job(**job) for job in earlier if job["folder"] not in names] + jobs
 
     def save(self) -> None:
@@ -157,9 +160,12 @@ class SubprocessLauncher(Launcher):
 
     config: DictConfig
 
+    hydra_context: HydraContext
+
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        self.hydra_context = hydra_context
         self.config = config
 
     def launch(
@@ -195,28 +201,42 @@ class SubprocessLauncher(Launcher):
             )
         return [self.job_return(job, folder) for job in jobs]
 
+    def words(self, job: Job, folder: Path) -> list[str]:
+        """A job's overrides, with its folder and name."""
+        name = self.config.name
+        own = {
+            "run_folder": folder / job.folder,
+            "name": f"{name}/{job.label.replace(' ', ',').replace('=', '-')}",
+            "sweep": name,
+        }
+        given = [word for word in job.overrides if word.partition("=")[0] not in own]
+        return [*given, *(quoted(f"{key}={value}") for key, value in own.items())]
+
+    def is_finished(self, job: Job, folder: Path) -> bool:
+        """Whether the job's run has finished before, with the config that it would have now."""
+        if not (folder / job.folder / "metrics.json").is_file():
+            return False
+        words = self.words(job, folder)
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, words)
+        return RunFolder(folder / job.folder).state(plain_config(config)) == "finished"
+
     def command(self, job: Job, folder: Path) -> list[str]:
         """What a job runs."""
-        name = self.config.name
-        own = [
-            f"run_folder={folder / job.folder}",
-            f"name={name}/{job.label.replace(' ', ',').replace('=', '-')}",
-            f"sweep={name}",
-        ]
         sources = self.config.hydra.runtime.config_sources
         extra = [source.path for source in sources if source.provider == "command-line"]
         flags = [word for path in extra for word in ("--config-dir", str(path))]
-        words = [
-            *job.overrides,
-            *[quoted(word) for word in own],
-            *self.config.hydra.overrides.hydra,
-        ]
+        words = [*self.words(job, folder), *self.config.hydra.overrides.hydra]
         words = [word for word in words if not word.startswith(("hydra.mode", "hydra.sweep"))]
         return [sys.executable, "-m", "speechssm.cli", "train", *words, *flags]
 
     def run_job(self, job: Job, sweep: SweepFile, folder: Path, quiet: bool) -> None:
-        """Run one job; what is finished in its folder makes its process end at once."""
+        """Run one job, unless it has finished."""
         run = RunFolder(folder / job.folder)
+        if self.is_finished(job, folder):
+            job.status, job.seconds = "finished", sweep.seconds_before.get(job.folder)
+            sweep.save()
+            log.info("job %s: finished before, in %s", job.label, run.folder)
+            return
         run.folder.mkdir(parents=True, exist_ok=True)
         job.status, job.message = "running", None
         sweep.save()
@@ -264,8 +284,6 @@ class SubprocessLauncher(Launcher):
 
     def job_return(self, job: Job, folder: Path) -> JobReturn:
         """Hydra's record of a job, with its held-out loss for sweepers that optimise."""
-        from speechssm.runtime.training import finished_metrics
-
         value = finished_metrics(RunFolder(folder / job.folder)).get("val/loss")
         result = JobReturn(overrides=job.overrides, working_dir=str(folder / job.folder))
         result.status = JobStatus.COMPLETED

@@ -17,17 +17,23 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.trainer.states import TrainerStatus
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from speechssm.configuration import explain
-from speechssm.errors import CheckpointError, ConfigError, SpeechSSMError
+from speechssm.errors import CheckpointError, SpeechSSMError
 from speechssm.report.rows import Row, config_hash, write_rows
 from speechssm.runtime.callbacks import ContinueLogs, MarkStage, StepSeeds, ValidateAtEnd
 from speechssm.runtime.checkpoint_io import AtomicCheckpointIO
 from speechssm.runtime.memory import keep_freed_memory
 from speechssm.runtime.provenance import write_provenance
 from speechssm.runtime.resolvers import stage_name
-from speechssm.runtime.run_folder import RunFolder, max_steps, run_hash
+from speechssm.runtime.run_folder import (
+    RunFolder,
+    finished_metrics,
+    max_steps,
+    plain_config,
+    run_hash,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,26 +50,6 @@ QUIET = (
     ".*GPU available but not used.*",
     ".*your dataloader is not resumable.*",  # our data module is
 )
-
-
-def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """Resolve a composed config to plain containers, without Hydra's own node.
-
-    Raises:
-        ConfigError: a key without a value, or an interpolation that leads nowhere.
-    """
-    try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:
-            raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=...")
-        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except SpeechSSMError:
-        raise
-    except Exception as error:  # omegaconf wraps what a resolver raises
-        raise explain(error, "train", ()) from error
-    assert isinstance(config, dict)
-    config.pop("hydra", None)
-    return config
 
 
 def build(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
@@ -325,16 +311,4 @@ def identity(config: Mapping[str, Any], stage: str, model: Mapping[str, Any]) ->
         "scale": config.get("scale"),
         "config_hash": run_hash(config),
         "model": f"{stage}:{model.get('_target_', '').rpartition('.')[2]}",
-    }
-
-
-def finished_metrics(run: RunFolder) -> dict[str, float]:
-    """The metrics that a finished run has left."""
-    from speechssm.report.rows import read_rows
-
-    names = {"train": "train", "heldout": "val"}
-    return {
-        f"{names[row.split]}/{row.name}": float(row.value)
-        for row in read_rows(run.metrics)
-        if row.split in names and row.value is not None
     }

@@ -45,11 +45,10 @@ class Recorder(L.Callback):
             self.record["parameters"] = sorted(
                 {str(parameter.dtype) for parameter in pl_module.model.parameters()}
             )
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                with MatmulDtypes() as dtypes:
-                    pl_module.model.logits(
-                        pl_module.model(batch["inputs"], batch["document_start"])[0]
-                    )
+            context = trainer.precision_plugin.forward_context()
+            with torch.no_grad(), context, MatmulDtypes() as dtypes:
+                hidden_BTD, _ = pl_module.model(batch["inputs"], batch["document_start"])
+                pl_module.model.logits(hidden_BTD)
             self.record["matmuls"] = sorted(dtypes.seen)
             torch_xla.sync()
         self.record["devices"] = [str(next(pl_module.parameters()).device)]
