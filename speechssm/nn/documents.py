@@ -21,8 +21,15 @@ def positions_in_document(
         document_start_BT: bool.
         position_B: tokens of the running document that came before this chunk (none if omitted).
     """
-    time_T = torch.arange(document_start_BT.shape[1], device=document_start_BT.device)
-    last_start_BT = torch.where(document_start_BT, time_T, -1).cummax(1).values
+    batch, length = document_start_BT.shape
+    time_T = torch.arange(length, device=document_start_BT.device)
+    # Where each document starts, looked up by its number. A running maximum over time would say the
+    # same in one line, but torch_xla 2.9 cannot compile it for most lengths.
+    number_BT = segments(document_start_BT)
+    slot_BT = torch.where(document_start_BT, number_BT, length + 1)
+    start_BS = torch.full((batch, length + 2), -1, device=time_T.device)
+    start_BS = start_BS.scatter(1, slot_BT, time_T.expand(batch, length))
+    last_start_BT = start_BS.gather(1, number_BT)
     before_B1 = 0 if position_B is None else position_B[:, None]
     return torch.where(last_start_BT < 0, time_T + before_B1, time_T - last_start_BT)
 
