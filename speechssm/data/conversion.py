@@ -65,7 +65,8 @@ class Summary:
             self.skipped[reason] = self.skipped.get(reason, 0) + len(keys)
             self.skipped_keys.setdefault(reason, []).extend(keys)
 
-    def __str__(self) -> str:
+    def describe(self) -> str:
+        """One line for people."""
         text = (
             f"{self.out}: {self.samples} samples, {self.seconds / 3600:.2f} h of audio in "
             f"{self.shards} shards ({self.found_finished} were there)"
@@ -153,7 +154,7 @@ def convert_shards(
         for task in unfinished:
             summary.add(_convert_one(task, metadata, convert, advance), found=False)
     summary.complete = _write_indices(tasks, kind, metadata)
-    logger.info("%s", summary)
+    logger.info("%s", summary.describe())
     return summary
 
 

@@ -48,6 +48,7 @@ class _ShardDataModule(LightningDataModule):
         self.position = Position()
         self._waiting = 0
         self._loader: BatchLoader | None = None
+        self._indices: dict[str, ShardIndex] = {}
 
     def index(self, split: str) -> ShardIndex:
         """The index of `train` or `heldout`.
@@ -56,6 +57,8 @@ class _ShardDataModule(LightningDataModule):
             ShardError: missing or of another kind.
             FingerprintError: made by another model than the config names.
         """
+        if split in self._indices:
+            return self._indices[split]
         index = read_index(self.folder / split, self.kind)
         for name in self.fingerprints:
             found, wanted = index.metadata.get(name), getattr(self, name)
@@ -64,6 +67,7 @@ class _ShardDataModule(LightningDataModule):
                     f"{index.folder} has {name} {_short(found)}, but data.{name} names "
                     f"{_short(wanted)}; give the folder made by that model, or make it anew"
                 )
+        self._indices[split] = index
         return index
 
     def fixed_by_data(self) -> dict[str, int]:

@@ -183,7 +183,7 @@ def test_documents_with_bad_audio_are_skipped_counted_and_named(tmp_path):
     summary = tokenize(tmp_path / "audio", tmp_path / "units")
     assert summary.complete
     assert summary.skipped == {"audio cannot be decoded": 4, "shorter than one unit": 2}
-    assert "broken, not-audio" in str(summary)
+    assert "broken, not-audio" in summary.describe()
     index = read_index(tmp_path / "units" / "train")
     assert index.skipped == {"audio cannot be decoded": 2, "shorter than one unit": 1}
     keys = [sample["__key__"] for path in index.paths for sample in iterate_shard(path)]
