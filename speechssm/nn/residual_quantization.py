@@ -34,12 +34,15 @@ def nearest(x_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
 def assignments(
     x_ND: torch.Tensor, indices_N: torch.Tensor, codebook_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many frames chose each code [K], and their sums [K, D]."""
+    """How often each code was chosen [K], 1 = as often as the mean code, and the sums [K, D] of
+    the frames that chose it in the same measure. Over all processes."""
     count_K = x_ND.new_zeros(codebook_size).index_add_(
         0, indices_N, torch.ones_like(indices_N, dtype=x_ND.dtype)
     )
     sum_KD = x_ND.new_zeros(codebook_size, x_ND.shape[-1]).index_add_(0, indices_N, x_ND)
-    return count_K, sum_KD
+    # Independent of the batch: counts of a k-means on many frames and of a small batch compare.
+    share = codebook_size / sum_over_ranks(count_K).sum()
+    return count_K * share, sum_over_ranks(sum_KD) * share
 
 
 class ResidualVectorQuantizer(Float32Buffers):
@@ -137,14 +140,12 @@ class ResidualVectorQuantizer(Float32Buffers):
         """One step of the moving averages of a level, and new places for its dead codes."""
         count_K, sum_KD = assignments(residual_ND, indices_N, self.codebook_size)
         keep = self.ema_decay
-        count_K = keep * self.count_QK[level] + (1 - keep) * sum_over_ranks(count_K)
-        sum_KD = keep * self.sum_QKD[level] + (1 - keep) * sum_over_ranks(sum_KD)
-        mean_count = count_K.mean()
-        dead_K1 = (count_K < self.dead_code_threshold * mean_count)[:, None]
-        fresh_KD = self._frames(residual_ND, level)
+        count_K = keep * self.count_QK[level] + (1 - keep) * count_K
+        sum_KD = keep * self.sum_QKD[level] + (1 - keep) * sum_KD
+        dead_K = count_K < self.dead_code_threshold
         # A new code starts with the mean count, so that it has time to prove its worth.
-        count_K = torch.where(dead_K1[:, 0], mean_count, count_K)
-        sum_KD = torch.where(dead_K1, fresh_KD * mean_count, sum_KD)
+        count_K = torch.where(dead_K, 1.0, count_K)
+        sum_KD = torch.where(dead_K[:, None], self._frames(residual_ND, level), sum_KD)
         # New tensors are stored only now: the ones used above are needed by the backward pass.
         self.count_QK[level] = count_K
         self.sum_QKD[level] = sum_KD
@@ -163,7 +164,8 @@ class ResidualVectorQuantizer(Float32Buffers):
     def fit(self, x_BTD: torch.Tensor, iterations: int = 10) -> None:
         """Data-dependent start: k-means on the residuals of one batch, level after level.
 
-        Meant for the first training batch. Fixed number of iterations and static shapes.
+        Meant for the first training batches, joined: frames should outnumber codes by far. Fixed
+        number of iterations and static shapes.
         """
         residual_ND = x_BTD.detach().float().reshape(-1, self.width)
         for level in range(self.num_quantizers):
@@ -171,16 +173,23 @@ class ResidualVectorQuantizer(Float32Buffers):
             for _ in range(iterations):
                 indices_N = nearest(residual_ND, codebook_KD)
                 count_K, sum_KD = assignments(residual_ND, indices_N, self.codebook_size)
-                count_K, sum_KD = sum_over_ranks(count_K), sum_over_ranks(sum_KD)
-                mean_KD = sum_KD / count_K[:, None].clamp(min=1)
+                mean_KD = sum_KD / count_K[:, None].clamp(min=1e-8)
                 codebook_KD = torch.where(count_K[:, None] > 0, mean_KD, codebook_KD)
-            mean_count = count_K.mean()
             # Codes without a frame get the mean use; the average then decides about them.
-            count_K = torch.where(count_K > 0, count_K, mean_count)
+            count_K = torch.where(count_K > 0, count_K, 1.0)
             self.codebook_QKD[level] = codebook_KD
             self.count_QK[level] = count_K
             self.sum_QKD[level] = codebook_KD * count_K[:, None]
             residual_ND = residual_ND - codebook_KD[nearest(residual_ND, codebook_KD)]
+
+    def levels(self, num_quantizers: int | None) -> int:
+        """`num_quantizers`, or Q for None; a ConfigError if there are not so many."""
+        levels = self.num_quantizers if num_quantizers is None else num_quantizers
+        if not 1 <= levels <= self.num_quantizers:
+            raise ConfigError(
+                f"num_quantizers={levels}: this codec has levels 1 to {self.num_quantizers}"
+            )
+        return levels
 
     @torch.no_grad()
     def encode(self, x_BTD: torch.Tensor, num_quantizers: int | None = None) -> torch.Tensor:
@@ -189,11 +198,7 @@ class ResidualVectorQuantizer(Float32Buffers):
         Raises:
             ConfigError: `num_quantizers` is not in 1 ... Q.
         """
-        levels = self.num_quantizers if num_quantizers is None else num_quantizers
-        if not 1 <= levels <= self.num_quantizers:
-            raise ConfigError(
-                f"num_quantizers={levels}: this codec has levels 1 to {self.num_quantizers}"
-            )
+        levels = self.levels(num_quantizers)
         batch, time, width = x_BTD.shape
         residual_ND = x_BTD.float().reshape(batch * time, width)
         codes = []

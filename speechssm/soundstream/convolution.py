@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-State = tuple  # nested tuples of tensors whose first dimension is the batch
+State = tuple[torch.Tensor, ...]  # one entry for each layer with a past; first dimension B
 
 
 class CausalConv(nn.Conv1d):

@@ -59,7 +59,7 @@ class MultiScaleMelLoss(nn.Module):
         )
         # Not abs(): its gradient at zero (digital silence) is undefined.
         parts_BFT2 = torch.view_as_real(stft_BFT)
-        magnitude_BFT = (parts_BFT2.square().sum(-1) + 1e-12).sqrt()
+        magnitude_BFT = (parts_BFT2.square().sum(-1) + 1e-14).sqrt()
         return magnitude_BFT.transpose(1, 2) @ getattr(self, f"filters_{window}")
 
     def forward(self, audio_BS: torch.Tensor, reconstruction_BS: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from speechssm.soundstream.convolution import (
     State,
     StreamingChain,
 )
+from speechssm.soundstream.initialization import start_as_transform
 
 
 class EncoderState(NamedTuple):
@@ -38,12 +39,10 @@ class DecoderState(NamedTuple):
 
 
 def reset_state(state, mask_B: torch.Tensor):
-    """The state with the rows where `mask_B` (bool [B]) is True set back to the beginning."""
-    if isinstance(state, torch.Tensor):
-        mask = mask_B.view(-1, *[1] * (state.dim() - 1))
-        return torch.where(mask, torch.zeros_like(state), state)
-    entries = [reset_state(entry, mask_B) for entry in state]
-    return type(state)(*entries) if hasattr(state, "_fields") else tuple(entries)
+    """A state with the rows where `mask_B` (bool [B]) is True set back to the beginning."""
+    mask_B11 = mask_B[:, None, None]
+    layers = (torch.where(mask_B11, torch.zeros_like(past), past) for past in state.layers)
+    return type(state)(tuple(layers))
 
 
 class SoundStream(nn.Module):
@@ -57,11 +56,14 @@ class SoundStream(nn.Module):
         num_quantizers, codebook_size: levels and codes a level; bit rate
             = frame_rate * num_quantizers * log2(codebook_size).
         kernel: of the first, last and dilated convolutions.
-        dilations: one residual unit a block for each.
+        dilations: of the residual units of a block, in the encoder's order.
+        units: how many residual units each block has, with the first of the dilations; None = all.
+            Those at the full rate cost most: small models do without.
         ema_decay, dead_code_threshold: see ResidualVectorQuantizer.
+        start: "random" (PyTorch's weights) or "transform" (see initialization.py).
 
     Raises:
-        ConfigError: channels and strides do not fit each other.
+        ConfigError: channels, strides and units do not fit each other, or an unknown start.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class SoundStream(nn.Module):
         codebook_size: int = 1024,
         kernel: int = 7,
         dilations: Sequence[int] = (1, 3, 9),
+        units: Sequence[int] | None = None,
         ema_decay: float = 0.99,
         dead_code_threshold: float = 0.05,
+        start: str = "random",
     ):
         super().__init__()
         channels, strides, dilations = list(channels), list(strides), list(dilations)
@@ -84,6 +88,14 @@ class SoundStream(nn.Module):
                 f"model.channels has {len(channels)} widths for {len(strides)} strides: "
                 "give one for the full rate and one after each stride"
             )
+        units = [len(dilations)] * len(strides) if units is None else list(units)
+        if len(units) != len(strides) or max(units) > len(dilations):
+            raise ConfigError(
+                f"model.units={units}: give one number for each of the {len(strides)} strides, "
+                f"none above the {len(dilations)} dilations"
+            )
+        if start not in ("random", "transform"):
+            raise ConfigError(f"model.start={start!r} is neither 'random' nor 'transform'")
         self.sample_rate = sample_rate
         self.hop_length = math.prod(strides)
         self.num_quantizers = num_quantizers
@@ -98,11 +110,13 @@ class SoundStream(nn.Module):
             "codebook_size": codebook_size,
             "kernel": kernel,
             "dilations": dilations,
+            "units": units,
         }
 
+        blocks = list(zip(channels[:-1], channels[1:], strides, units, strict=True))
         encoder = [CausalConv(1, channels[0], kernel)]
-        for narrow, wide, stride in zip(channels[:-1], channels[1:], strides, strict=True):
-            encoder += [ResidualUnit(narrow, kernel, dilation) for dilation in dilations]
+        for narrow, wide, stride, count in blocks:
+            encoder += [ResidualUnit(narrow, kernel, dilation) for dilation in dilations[:count]]
             encoder += [nn.ELU(), CausalConv(narrow, wide, 2 * stride, stride=stride)]
         encoder += [nn.ELU(), CausalConv(channels[-1], code_width, 3)]
         self.encoder = StreamingChain(*encoder)
@@ -112,13 +126,13 @@ class SoundStream(nn.Module):
         )
 
         decoder = [CausalConv(code_width, channels[-1], kernel)]
-        for narrow, wide, stride in reversed(
-            list(zip(channels[:-1], channels[1:], strides, strict=True))
-        ):
+        for narrow, wide, stride, count in reversed(blocks):
             decoder += [nn.ELU(), CausalTransposedConv(wide, narrow, stride)]
-            decoder += [ResidualUnit(narrow, kernel, dilation) for dilation in dilations]
+            decoder += [ResidualUnit(narrow, kernel, dilation) for dilation in dilations[:count]]
         decoder += [nn.ELU(), CausalConv(channels[0], 1, kernel)]
         self.decoder = StreamingChain(*decoder)
+        if start == "transform" and not self.encoder[0].weight.is_meta:
+            start_as_transform(self.encoder, self.decoder)
 
     @property
     def frame_rate(self) -> float:
@@ -144,7 +158,7 @@ class SoundStream(nn.Module):
         return DecoderState(self.decoder.initial_state(batch_size, weight.device, weight.dtype))
 
     def reset_state(self, state, mask_B: torch.Tensor):
-        """An encoder's or decoder's state with the rows of `mask_B` (bool [B]) at the beginning."""
+        """A state of either kind with the rows where `mask_B` is True set back to the beginning."""
         return reset_state(state, mask_B)
 
     def embed(self, audio_BS: torch.Tensor) -> torch.Tensor:
@@ -225,6 +239,7 @@ class SoundStream(nn.Module):
 
         Raises:
             AudioError: another length, or not [B, S] floats.
+            ConfigError: more levels than the codec has.
         """
         self._check_audio(audio_BS)
         batch, samples = audio_BS.shape
@@ -234,7 +249,7 @@ class SoundStream(nn.Module):
                 f"{self.hop_length}: keep the rest for the next chunk"
             )
         if samples == 0:
-            levels = self.num_quantizers if num_quantizers is None else num_quantizers
+            levels = self.quantizer.levels(num_quantizers)
             return torch.zeros(batch, levels, 0, dtype=torch.int64, device=audio_BS.device), state
         weight = self.encoder[0].weight
         x_BDT, layers = self.encoder(audio_BS.unsqueeze(1).to(weight), state.layers)

@@ -4,6 +4,7 @@ Shape suffixes: B batch, S samples, Q quantiser levels, T frames, N rows.
 """
 
 from collections.abc import Mapping
+from itertools import islice
 
 import hydra
 import lightning
@@ -52,7 +53,8 @@ class SoundStreamModule(lightning.LightningModule):
         discriminator_start: generator steps before the discriminators exist for the loss; they
             begin to learn `discriminator_warmup` steps earlier.
         discriminator_warmup: steps in which the discriminators learn and the codec does not care.
-        quantizer_start: steps without quantisation, before the k-means start of the codebooks.
+        codebook_batches: training batches on which the codebooks start by k-means before the first
+            step; they are trained on again. 0 = random codebooks.
         quantizer_dropout: share of rows that use only the first n ~ U[1 ... Q] levels.
         weights: of the losses, some of reconstruction, adversarial, feature, commitment, waveform
             (mean absolute error); the others keep the paper's values.
@@ -73,7 +75,7 @@ class SoundStreamModule(lightning.LightningModule):
         discriminator_optimizer: dict | None = None,
         discriminator_start: int = 0,
         discriminator_warmup: int = 0,
-        quantizer_start: int = 0,
+        codebook_batches: int = 1,
         quantizer_dropout: float = 1.0,
         weights: dict | None = None,
         relative_features: bool = False,
@@ -94,18 +96,24 @@ class SoundStreamModule(lightning.LightningModule):
         self.mel_loss = MultiScaleMelLoss(self.model.sample_rate, **(mel or {}))
         self.weights = DEFAULT_WEIGHTS | dict(weights or {})
 
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """k-means start of the codebooks, once: a resumed run has them in its checkpoint."""
+        count = self.hparams.codebook_batches
+        if self.global_step > 0 or count == 0:
+            return
+        x_BTD = [
+            self.model.embed(self._whole_frames(batch["audio"].to(self.device)))
+            for batch in islice(self.trainer.train_dataloader, count)
+        ]
+        self.model.quantizer.fit(torch.cat(x_BTD))
+
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> None:
         options = self.hparams
         step = self.global_step
         audio_BS = self._whole_frames(batch["audio"])
-        if step == options.quantizer_start:
-            self._start_codebooks(audio_BS)
-        if step < options.quantizer_start:
-            reconstruction_BS = self.model.synthesize(self.model.embed(audio_BS))
-            commitment = audio_BS.new_zeros(())
-        else:
-            num_used_B = self._levels(len(audio_BS), step).to(audio_BS.device)
-            reconstruction_BS, _, commitment = self.model(audio_BS, num_used_B)
+        num_used_B = self._levels(len(audio_BS), step).to(audio_BS.device)
+        reconstruction_BS, _, commitment = self.model(audio_BS, num_used_B)
 
         # Both branches below depend on the step number alone: two programs on a compiling device.
         if step >= options.discriminator_start - options.discriminator_warmup:
@@ -164,13 +172,6 @@ class SoundStreamModule(lightning.LightningModule):
         drawn_B = torch.randint(1, levels + 1, (rows,), generator=generator)
         dropped_B = torch.rand(rows, generator=generator) < self.hparams.quantizer_dropout
         return torch.where(dropped_B, drawn_B, levels)
-
-    @torch.no_grad()
-    def _start_codebooks(self, audio_BS: torch.Tensor) -> None:
-        """k-means on the batch, seen from eight phases of the frame: more frames than codes."""
-        hop = self.model.hop_length
-        shifted = [audio_BS.roll(shift, dims=1) for shift in range(0, hop, max(1, hop // 8))]
-        self.model.quantizer.fit(torch.cat([self.model.embed(x_BS) for x_BS in shifted]))
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> None:
         audio_BS = self._whole_frames(batch["audio"])

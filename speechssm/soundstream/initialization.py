@@ -1,0 +1,80 @@
+"""A codec that begins as a transform coder instead of as noise.
+
+With random weights the first hundreds of steps go into finding out that the output should look
+like the input at all. Here the strided convolutions begin as an orthogonal transform of the frame,
+chosen stage by stage as the principal axes of a first-order autoregressive signal (the textbook
+model under which the cosine transform is best); transposed convolutions begin as its transpose and
+residual units as identities. Nothing is learned from data. It replaces the plain start where
+minutes have to do; training is free to leave it.
+"""
+
+import torch
+from torch import nn
+
+from speechssm.soundstream.convolution import (
+    CausalConv,
+    CausalTransposedConv,
+    ResidualUnit,
+    StreamingChain,
+)
+
+
+def axes(maps_KH: torch.Tensor, copies: int, width: int, correlation: float) -> torch.Tensor:
+    """Principal axes [width or less, copies * K] of `copies` successive outputs of a linear map.
+
+    Args:
+        maps_KH: K linear functions of a stretch of H samples.
+        correlation: of neighbouring samples.
+    """
+    blocks = torch.block_diag(*[maps_KH] * copies)
+    lag = torch.arange(blocks.shape[1], dtype=torch.float64, device="cpu")
+    covariance = blocks @ correlation ** (lag[:, None] - lag).abs() @ blocks.T
+    return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].T
+
+
+@torch.no_grad()
+def start_as_transform(
+    encoder: StreamingChain,
+    decoder: StreamingChain,
+    correlation: float = 0.9,
+    level: float = 0.1,
+    noise: float = 0.3,
+) -> None:
+    """Initialise encoder and decoder in place; needs widths of at least the strides.
+
+    Args:
+        correlation: of neighbouring samples in the assumed signal.
+        level: factor on the signal inside the networks. Small, so that the ELUs are nearly linear.
+        noise: size of the weights of channels without a part in the transform, as a share of
+            PyTorch's own, so that they can learn.
+    """
+    down = [layer for layer in encoder if isinstance(layer, CausalConv)]
+    up = [layer for layer in decoder if isinstance(layer, CausalConv | CausalTransposedConv)][::-1]
+    for layer in (*down, *up):
+        layer.weight *= noise
+        nn.init.zeros_(layer.bias)
+    for unit in (*encoder, *decoder):
+        if isinstance(unit, ResidualUnit):
+            nn.init.zeros_(unit.pointwise.weight)
+            nn.init.zeros_(unit.pointwise.bias)
+    # The first convolution copies the samples to channel 0, the last one copies them back.
+    down[0].weight[0] = 0
+    down[0].weight[0, 0, -1] = level
+    up[0].weight[:] = 0
+    up[0].weight[0, 0, -1] = 1 / level
+    maps_KH = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    for analysis, synthesis in zip(down[1:], up[1:], strict=True):
+        stride, known = analysis.stride[0], maps_KH.shape[0]
+        axes_WK = axes(maps_KH, stride, analysis.out_channels, correlation)
+        width = axes_WK.shape[0]
+        taps_WKS = axes_WK.view(width, stride, known).transpose(1, 2).to(analysis.weight)
+        analysis.weight[:width] = 0
+        analysis.weight[:width, :known, -stride:] = taps_WKS
+        if isinstance(synthesis, CausalTransposedConv):
+            synthesis.weight[:width] = 0
+            synthesis.weight[:, :known] = 0
+            synthesis.weight[:width, :known, :stride] = taps_WKS
+        else:
+            synthesis.weight[:known] = 0
+            synthesis.weight[:known, :width, -1] = taps_WKS[..., 0].T
+        maps_KH = axes_WK @ torch.block_diag(*[maps_KH] * stride)

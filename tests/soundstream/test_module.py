@@ -1,0 +1,229 @@
+"""Training of the codec: what is optimised, what is counted, and that a killed run goes on."""
+
+import pickle
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from speechssm.errors import ConfigError
+from speechssm.soundstream.module import SoundStreamModule
+
+HOP = 12
+MODEL = {
+    "_target_": "speechssm.soundstream.SoundStream",
+    "channels": [4, 8, 8],
+    "strides": [3, 4],
+    "code_width": 6,
+    "num_quantizers": 4,
+    "codebook_size": 8,
+    "dilations": [1, 3],
+}
+DISCRIMINATORS = {
+    "num_scales": 2,
+    "waveform": {"width": 4, "widths": [8]},
+    "stft": {"window": 64, "hop": 16, "width": 4, "multipliers": [1, 2]},
+}
+GOLDEN_LOSSES = [336.8159, 321.3652, 301.8342]
+OPTIMIZER = {"learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
+
+
+def module(**options) -> SoundStreamModule:
+    torch.manual_seed(0)
+    arguments = {
+        "model": MODEL,
+        "optimizer": OPTIMIZER,
+        "discriminators": DISCRIMINATORS,
+        "mel": {"windows": [64, 256], "num_mels": 16},
+    }
+    return SoundStreamModule(**arguments | options)
+
+
+def batches(count: int, first: int = 0) -> DataLoader:
+    """Crops that depend on their number alone, so that a second run may begin in the middle."""
+    crops = [
+        {"audio": 0.1 * torch.randn(3, 520, generator=torch.Generator().manual_seed(first + i))}
+        for i in range(count)
+    ]
+    return DataLoader(crops, batch_size=None)
+
+
+def trainer(folder, max_steps: int, callbacks=(), **options) -> lightning.Trainer:
+    return lightning.Trainer(
+        default_root_dir=folder,
+        max_steps=max_steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def test_every_parameter_is_in_exactly_one_optimiser(tmp_path):
+    subject = module()
+    subject.trainer = trainer(tmp_path, 5)
+    optimizers, _ = subject.configure_optimizers()
+    groups = [[id(p) for g in o.param_groups for p in g["params"]] for o in optimizers]
+    held = groups[0] + groups[1]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in subject.parameters()}
+    assert set(groups[0]) == {id(p) for p in subject.model.parameters()}
+
+
+def test_the_generator_alone_counts_steps(tmp_path):
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    subject = module()
+    running = trainer(tmp_path, 5, [saved])
+    running.fit(subject, batches(20))
+    assert running.global_step == 5
+    assert running.fit_loop.total_batch_idx + 1 == 5
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=4.ckpt"]
+
+
+def test_both_networks_learn_in_every_step(tmp_path):
+    subject = module()
+    before = {name: p.detach().clone() for name, p in subject.named_parameters()}
+    trainer(tmp_path, 2).fit(subject, batches(2))
+    still = [n for n, p in subject.named_parameters() if torch.equal(p.detach(), before[n])]
+    # As long as all logits lie within the hinge, real and fake pull a logit's bias equally.
+    assert [n for n in still if not (n.startswith("discriminators") and n.endswith("bias"))] == []
+
+
+def test_codebooks_start_on_the_first_batches_and_only_once(tmp_path):
+    seen = []
+    subject = module(codebook_batches=3)
+    subject.model.quantizer.fit = lambda x_BTD: seen.append(tuple(x_BTD.shape))
+    saved = ModelCheckpoint(tmp_path, filename="one", every_n_train_steps=1)
+    trainer(tmp_path, 1, [saved]).fit(subject, batches(5))
+    assert seen == [(9, 520 // HOP, 6)]
+    trainer(tmp_path, 2).fit(subject, batches(5), ckpt_path=tmp_path / "one.ckpt")
+    assert len(seen) == 1
+
+
+def test_discriminators_rest_before_their_warm_up(tmp_path):
+    subject = module(discriminator_start=4, discriminator_warmup=2)
+    before = {n: p.detach().clone() for n, p in subject.discriminators.named_parameters()}
+    running = trainer(tmp_path, 2)
+    running.fit(subject, batches(2))
+    for name, parameter in subject.discriminators.named_parameters():
+        assert torch.equal(parameter.detach(), before[name])
+    assert "train/discriminator_loss" not in running.logged_metrics
+
+    subject = module(discriminator_start=4, discriminator_warmup=2)
+    running = trainer(tmp_path, 4)
+    running.fit(subject, batches(4))
+    assert "train/discriminator_gradient_norm" in running.logged_metrics
+    assert "train/adversarial" not in running.logged_metrics
+    optimizers = running.optimizers
+    steps = [int(next(iter(o.state.values()))["step"]) for o in optimizers]
+    assert steps == [4, 2]
+
+
+def test_discriminators_learn_nothing_from_the_codecs_loss(tmp_path):
+    subject = module()
+    running = trainer(tmp_path, 1)
+    running.fit(subject, batches(1))
+    # Their gradients are those of their own loss: a second backward pass would have added to them.
+    logged = running.logged_metrics["train/discriminator_gradient_norm"]
+    norm = torch.stack([p.grad.norm() for p in subject.discriminators.parameters()]).norm()
+    torch.testing.assert_close(norm, logged.clamp(max=10.0), rtol=1e-4, atol=1e-6)
+    assert "train/gradient_norm" in running.logged_metrics
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_a_killed_run_goes_on_exactly(tmp_path, split):
+    """`split` before, at and after the step in which the discriminators start."""
+    options = {"discriminator_start": 3, "discriminator_warmup": 1}
+    whole = module(**options)
+    trainer(tmp_path, 4).fit(whole, batches(4))
+
+    saved = ModelCheckpoint(tmp_path, filename="killed", every_n_train_steps=split)
+    # The schedule runs to 4 steps; the run is stopped before.
+    killed = trainer(tmp_path, 4, [saved], limit_train_batches=split)
+    killed.fit_loop.max_epochs = 1
+    killed.fit(module(**options), batches(split))
+    assert killed.global_step == split
+
+    torch.manual_seed(1234)
+    resumed = module(**options)
+    torch.manual_seed(5678)
+    trainer(tmp_path, 4).fit(
+        resumed,
+        batches(10, first=split),
+        ckpt_path=tmp_path / "killed.ckpt",
+        weights_only=True,
+    )
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_training_has_the_recorded_losses(tmp_path):
+    class Losses(lightning.Callback):
+        def __init__(self):
+            self.values = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.values.append(float(trainer.logged_metrics["train/loss"]))
+
+    losses = Losses()
+    running = trainer(tmp_path, 3)
+    running.callbacks.append(losses)
+    running.fit(module(), batches(3))
+    assert losses.values == pytest.approx(GOLDEN_LOSSES, rel=1e-3)
+
+
+def test_training_lowers_the_reconstruction_loss_of_held_out_audio(tmp_path):
+    subject = module(
+        optimizer={"learning_rate": 5e-3, "warmup_steps": 1},
+        discriminator_start=1000,
+        quantizer_dropout=0.5,
+    )
+    held_out = batches(1, first=100)
+    running = trainer(tmp_path, 25)
+    (before,) = running.validate(subject, held_out, verbose=False)
+    running.fit(subject, batches(25))
+    (after,) = running.validate(subject, held_out, verbose=False)
+    assert set(after) == {"val/loss", "val/reconstruction", "val/commitment"}
+    assert after["val/reconstruction"] < 0.8 * before["val/reconstruction"]
+
+
+def test_weights_can_be_averaged_with_lightnings_callback(tmp_path):
+    average = EMAWeightAveraging(decay=0.5)
+    saved = ModelCheckpoint(tmp_path, filename="averaged", every_n_train_steps=3)
+    subject = module()
+    running = trainer(tmp_path, 3, [average, saved])
+    running.fit(subject, batches(3))
+    assert running.global_step == 3
+    stored = torch.load(tmp_path / "averaged.ckpt", weights_only=True)
+    assert "model.encoder.0.weight" in stored["state_dict"]
+    assert "current_model_state" in stored
+
+
+def test_audio_samples_are_the_first_recording_and_its_reconstruction():
+    samples = module().eval().audio_samples({"audio": torch.randn(2, 520)})
+    assert set(samples) == {"original", "reconstruction"}
+    assert all(s.shape == (520 // HOP * HOP,) and s.dtype == "float32" for s in samples.values())
+
+
+def test_each_rank_and_step_draws_its_own_levels_again():
+    subject = module()
+    assert torch.equal(subject._levels(64, 3), subject._levels(64, 3))
+    assert not torch.equal(subject._levels(64, 3), subject._levels(64, 4))
+    assert set(subject._levels(256, 0).tolist()) == {1, 2, 3, 4}
+    assert set(module(quantizer_dropout=0.0)._levels(64, 0).tolist()) == {4}
+
+
+def test_the_module_can_be_pickled():
+    copy = pickle.loads(pickle.dumps(module()))
+    assert set(copy.state_dict()) == set(module().state_dict())
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(ConfigError, match="unknown loss 'mel'"):
+        module(weights={"mel": 1.0})
