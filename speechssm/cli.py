@@ -227,13 +227,8 @@ def generate(config: dict[str, Any]) -> None:
         options[key] = load(stage, config[key], device=config.get("device", "cpu"))
     if config.get("prompt"):
         options["prompt_name"] = str(config["prompt"])
-    made = generate_to_file(
-        config["out"], audio, rate, config["seconds"], config["seed"], **options
-    )
-    print(
-        f"{made.path}: {made.audio_seconds:.1f} s of speech in {made.elapsed_seconds:.1f} s "
-        f"(first sound after {made.first_audio_seconds:.1f} s); units in {made.units_path}"
-    )
+    asked = (config["out"], audio, rate, config["seconds"], config["seed"])
+    generate_to_file(*asked, **options)
 
 
 def evaluate(config: dict[str, Any]) -> None:

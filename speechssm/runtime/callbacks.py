@@ -210,9 +210,13 @@ class AudioSamples(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not all(self.stages.values()) or not trainer.is_global_zero or trainer.fast_dev_run:
             return
+        if pl_module.device.type == "xla":  # it would compile each of the pipeline's many shapes
+            log.info("no speech sample of a model on XLA; speechssm generate makes one")
+            return
         from speechssm.loading import load
         from speechssm.pipeline import generate
 
+        device = pl_module.device
         was_training = pl_module.model.training
         pl_module.model.eval()
         chunks = generate(
@@ -220,10 +224,10 @@ class AudioSamples(L.Callback):
             self.sample_rate,
             self.speech_seconds,
             self.seed,
-            tokenizer=load("tokenizer", self.stages["tokenizer"]),
+            tokenizer=load("tokenizer", self.stages["tokenizer"], device=device),
             lm=pl_module.model,
-            soundstorm=load("soundstorm", self.stages["soundstorm"]),
-            codec=load("soundstream", self.stages["codec"]),
+            soundstorm=load("soundstorm", self.stages["soundstorm"], device=device),
+            codec=load("soundstream", self.stages["codec"], device=device),
         )
         with torch.no_grad():
             audio = np.concatenate([np.asarray(chunk.audio) for chunk in chunks])

@@ -143,7 +143,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     L.seed_everything(config["seed"], workers=True, verbose=False)
 
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not trial:
+    if not first_process():
+        logging.getLogger("speechssm").setLevel(logging.WARNING)
+    elif not trial:
         run.write_config(config)
         write_provenance(run.git)
     callbacks = [
@@ -225,6 +227,11 @@ def fit(
             raise
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from None
+
+
+def first_process() -> bool:
+    """False in the processes that Lightning or torchrun starts beside the first one."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
 
 
 def quiet_lightning() -> None:
