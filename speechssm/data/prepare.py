@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import string
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -403,6 +404,7 @@ def prepare_sentencepiece(
             vocab_size=vocab_size,
             model_type=model_type,
             character_coverage=1.0,
+            required_chars=string.ascii_uppercase + "'",
             normalization_rule_name="identity",
             unk_id=0,
             bos_id=-1,
