@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from speechssm.audio.io import read_audio
@@ -261,8 +262,13 @@ class DocumentAudio:
             if rate != self.rate:
                 raise AudioError(f"{name} is at {rate} Hz, its document at {self.rate} Hz")
             self.num_samples += len(audio)
-            yield audio
             self._advance(len(audio) / rate)
+            yield audio
+
+    def skip_rest(self) -> None:
+        """Leave what has not been read, and count it as dealt with."""
+        for sample in self._samples:
+            self._advance(sample["json"].get("seconds", 0.0))
 
     def describe(self, **more: Any) -> dict[str, Any]:
         """The document's json: what its first sample says, less what belongs to that piece."""
@@ -277,7 +283,7 @@ class HoursProgress:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            _Hours(),
+            _Hours(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(),
             disable=not enabled or seconds == 0,
         )

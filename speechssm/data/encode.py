@@ -35,6 +35,7 @@ def encode_shards(
     count: int = 1,
     max_shards: int | None = None,
     max_seconds: float = 30.0,
+    max_document_seconds: float | None = None,
     progress: bool = True,
 ) -> Summary:
     """Encode both splits of a folder of audio shards.
@@ -51,6 +52,7 @@ def encode_shards(
         index, count: do share `index` of `count` (one per machine).
         max_shards: only the first so many shards of each split.
         max_seconds: longest piece.
+        max_document_seconds: only the beginning of each document: many voices in little time.
         progress: draw a bar.
 
     Raises:
@@ -67,12 +69,20 @@ def encode_shards(
     piece_units = int(max_seconds * rate)
     if piece_units < 1:
         raise ConfigError(f"max_seconds={max_seconds} is shorter than one unit; give at least 1")
+    if max_document_seconds is not None and max_document_seconds * rate < 1:
+        raise ConfigError(
+            f"max_document_seconds={max_document_seconds} is shorter than one unit; give more, or "
+            "null for whole documents"
+        )
+    max_units = None if max_document_seconds is None else int(max_document_seconds * rate)
     metadata = {
         **of_units,
         "codec_fingerprint": codec.fingerprint,
         "num_quantizers": int(codec.num_quantizers),
         "codebook_size": int(codec.codebook_size),
         "frame_rate": rate * frames_per_unit,
+        "piece_units": piece_units,
+        "max_document_units": max_units,
     }
 
     unit_shards = {(s, record.name): record for s in SPLITS for record in indices[s].shards}
@@ -85,7 +95,7 @@ def encode_shards(
             if key not in numbers:
                 shard.skip(document, "no units")
                 continue
-            of_document = reader.sample(numbers[key])["units.npy"]
+            of_document = reader.sample(numbers[key])["units.npy"][:max_units]
             audio = DocumentAudio(samples, task.path, advance)
             if audio.rate != codec.sample_rate:
                 raise ConfigError(
@@ -93,10 +103,11 @@ def encode_shards(
                     f"prepare the corpus with sample_rate={codec.sample_rate}"
                 )
             try:
-                codes = encode_document(codec, audio, samples_per_unit)
+                codes = encode_document(codec, audio, samples_per_unit, max_units)
             except AudioError:
                 shard.skip(document, "audio cannot be decoded")
                 continue
+            audio.skip_rest()
             if codes.shape[1] != len(of_document) * frames_per_unit:
                 raise ShardError(
                     f"{reader.path}: {key} has {len(of_document)} units, its audio in {task.path} "
@@ -133,16 +144,27 @@ def encode_shards(
 
 
 def encode_document(
-    codec: "SoundStream", audio: DocumentAudio, samples_per_unit: int
+    codec: "SoundStream", audio: DocumentAudio, samples_per_unit: int, max_units: int | None = None
 ) -> np.ndarray:
-    """Codes uint16 [Q, T] of one document; samples after its last whole unit are left out."""
+    """Codes uint16 [Q, T] of one document, or of its first `max_units`; samples after its last
+    whole unit are left out.
+    """
     device = next((p.device for p in codec.parameters()), torch.device("cpu"))
     state = codec.initial_encoder_state(1)
     pieces = [np.zeros((codec.num_quantizers, 0), dtype=np.uint16)]
-    for chunk in _chunks(audio, _CHUNK_UNITS * samples_per_unit, samples_per_unit):
+    blocks = audio if max_units is None else _first_samples(audio, max_units * samples_per_unit)
+    for chunk in _chunks(blocks, _CHUNK_UNITS * samples_per_unit, samples_per_unit):
         codes_BQT, state = codec.encode_chunk(torch.from_numpy(chunk)[None].to(device), state)
         pieces.append(codes_BQT[0].cpu().numpy().astype(np.uint16))
     return np.concatenate(pieces, axis=1)
+
+
+def _first_samples(blocks: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield block[:count]
+        count -= len(block)
+        if count <= 0:
+            return
 
 
 def _chunks(blocks: Iterable[np.ndarray], size: int, multiple: int) -> Iterator[np.ndarray]:

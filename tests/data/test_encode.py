@@ -59,6 +59,8 @@ def test_streamed_codes_equal_those_of_the_whole_document(folders, monkeypatch):
         "num_quantizers": 2,
         "codebook_size": 1024,
         "frame_rate": 50,
+        "piece_units": 5,
+        "max_document_units": None,
     }
     samples = [sample for path in index.paths for sample in iterate_shard(path)]
     for number, pieces in enumerate(DOCUMENTS):
@@ -86,6 +88,29 @@ def test_shares_and_piece_sizes_do_not_change_the_codes(folders):
         summary = run(folders, out="shared", index=index, count=2)
     assert summary.complete
     assert content(folders / "shared") == content(folders / "codes")
+
+
+def test_only_the_beginnings_of_documents_on_request(folders):
+    run(folders)
+    run(folders, out="beginnings", max_document_seconds=0.3)
+    whole, begun = (
+        {
+            s["__key__"]: s
+            for p in read_index(folders / out / "train").paths
+            for s in iterate_shard(p)
+        }
+        for out in ("codes", "beginnings")
+    )
+    assert whole.keys() == begun.keys()
+    for key, sample in begun.items():
+        assert len(sample["units.npy"]) == min(7, len(whole[key]["units.npy"]))
+        frames = sample["codes.npy"].shape[1]
+        np.testing.assert_array_equal(sample["codes.npy"], whole[key]["codes.npy"][:, :frames])
+        assert frames == 2 * len(sample["units.npy"])
+    with pytest.raises(FingerprintError, match="max_document_units 7, but now it is 10"):
+        run(folders, out="beginnings", max_document_seconds=0.4)
+    with pytest.raises(ConfigError, match=r"max_document_seconds=0\.01 is shorter than one unit"):
+        run(folders, out="none", max_document_seconds=0.01)
 
 
 def test_max_shards_limits_each_split_and_can_be_raised_later(folders):
