@@ -304,7 +304,9 @@ def explain_exception(error: Exception) -> int:
 
 
 def translate(error: Exception) -> Exception:
-    """A full disk, missing rights and the like as ours."""
+    """A full disk, missing rights and the like as ours; what Hydra wraps, unwrapped."""
+    if isinstance(error.__cause__, SpeechSSMError):  # raised by a class that a config names
+        return error.__cause__
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{Path(str(error.filename))}: " if error.filename else ""
         return SpeechSSMError(f"{where}{error.strerror}")

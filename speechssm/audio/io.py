@@ -157,7 +157,8 @@ def iterate_audio(
         source, name: as for `read_audio`.
         sample_rate: rate of the result in Hz.
         block_seconds: length of what is read at once; the blocks that come out vary in length.
-        start_seconds, seconds: the part to read; None reads to the end.
+        start_seconds, seconds: the part to read; None reads to the end. Opus and MP3 need some
+            ten milliseconds to settle after a start in the middle.
 
     Yields:
         float32 [n] mono; joined they equal `read_audio(source, sample_rate)` to 1e-4.

@@ -170,3 +170,25 @@ def test_growing_wav_is_a_valid_file_after_every_write(tmp_path):
             writer.write(np.full(10, np.nan))
         assert writer.seconds == 0.5
     np.testing.assert_allclose(read_audio(path)[0], audio, atol=1 / 32768)
+
+
+def test_full_disk_keeps_what_a_growing_wav_has(tmp_path, monkeypatch):
+    path = tmp_path / "grows.wav"
+    writer = WavWriter(path, 16000)
+    writer.write(tone(0.1, 16000))
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "_file", FullDisk(writer._file))
+    with pytest.raises(AudioError, match=r"grows\.wav cannot be written.*No space left"):
+        writer.write(tone(0.1, 16000))
+    writer.close()
+    assert len(read_audio(path)[0]) == 1600

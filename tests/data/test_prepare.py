@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import speechssm.data.prepare as prepare_module
 import speechssm.data.shards as shards_module
 from speechssm.audio.io import read_audio
 from speechssm.data.corpora.base import Recording, Utterance
@@ -124,6 +125,37 @@ def test_number_of_threads_does_not_change_a_byte(corpus, tmp_path):
         quick(corpus, tmp_path / str(workers), workers=workers)
     one = content(tmp_path / "1")
     assert one == content(tmp_path / "2") == content(tmp_path / "5")
+
+
+def test_threads_wait_for_a_slow_reader_instead_of_filling_the_memory(monkeypatch):
+    monkeypatch.setattr(prepare_module, "_PIECES_AHEAD", 3)
+    made = []
+
+    def work(item):
+        for number in range(1000):
+            made.append((item, number))
+            yield number
+
+    results = prepare_module._map_ahead(str, work, range(10), workers=2)
+    for count in range(1, 100):
+        assert next(results) == ("0", count - 1)
+        # Per thread: a full queue, the result that waits for a place, and what was taken out.
+        assert len(made) <= count + 2 * (3 + 1) + 1
+    results.close()
+
+
+def test_an_error_in_a_thread_reaches_the_reader_after_what_came_before_it():
+    def work(item):
+        yield item
+        if item == 3:
+            raise ValueError("three")
+
+    results = prepare_module._map_ahead(str, work, range(10), workers=3)
+    found = []
+    with pytest.raises(ValueError, match="three"):
+        for _, value in results:
+            found.append(value)
+    assert found == [0, 1, 2, 3]
 
 
 def test_a_finished_prepare_says_so_and_touches_nothing(corpus, tmp_path):
