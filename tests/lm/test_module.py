@@ -1,0 +1,164 @@
+"""The loss and the training module."""
+
+import lightning
+import pytest
+import torch
+
+from speechssm.errors import ConfigError
+from speechssm.lm.griffin import Griffin
+from speechssm.lm.loss import cross_entropy
+from speechssm.lm.module import LanguageModelModule
+
+VOCABULARY = 16
+# Loss after so many optimiser steps; equal to 1e-6 with AVX-512, AVX2 and neither.
+GOLDEN = {0: 4.03299, 9: 1.26931, 29: 1.12787}
+MODEL = {
+    "_target_": "speechssm.lm.griffin.Griffin",
+    "vocab_size": VOCABULARY,
+    "width": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "window": 8,
+}
+OPTIMIZER = {"learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1}
+
+
+def chain(rows, length, seed):
+    """Rows of a Markov chain of order one in which a unit mostly decides the next."""
+    generator = torch.Generator().manual_seed(seed)
+    jump = torch.randint(0, VOCABULARY, (rows, length + 1), generator=generator)
+    stay = torch.rand(rows, length + 1, generator=generator) < 0.8
+    units = [jump[:, 0]]
+    for t in range(1, length + 1):
+        units.append(torch.where(stay[:, t], (units[-1] + 3) % VOCABULARY, jump[:, t]))
+    units = torch.stack(units, 1)
+    inputs, targets = units[:, :-1].clone(), units[:, 1:].clone()
+    document_start = torch.zeros(rows, length, dtype=torch.bool)
+    document_start[:, [0, length // 2]] = True
+    inputs[document_start] = VOCABULARY
+    targets[:, length // 2 - 1] = -100
+    return {"inputs": inputs, "targets": targets, "document_start": document_start}
+
+
+class Chain(torch.utils.data.Dataset):
+    def __init__(self, count, first_seed):
+        self.count, self.first_seed = count, first_seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return chain(4, 40, self.first_seed + index)
+
+
+def train(steps, model=None):
+    lightning.seed_everything(0, verbose=False)
+    module = LanguageModelModule(model or MODEL, OPTIMIZER)
+    losses = []
+
+    class Record(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].item())
+
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Record()],
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(
+        module,
+        torch.utils.data.DataLoader(Chain(steps, 0), batch_size=None),
+        torch.utils.data.DataLoader(Chain(4, 10_000), batch_size=None),
+    )
+    return module, losses, trainer.callback_metrics
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 7 * VOCABULARY, 10**9])
+def test_chunked_cross_entropy_equals_the_plain_one_with_gradients(chunk_logits):
+    torch.manual_seed(0)
+    model = Griffin(VOCABULARY, 24, 1, 3, window=4)
+    hidden = torch.randn(2, 15, 24, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (2, 15))
+    targets[0, :4] = -100
+    total, count = cross_entropy(hidden, targets, model.logits, VOCABULARY, chunk_logits)
+    expected = torch.nn.functional.cross_entropy(
+        model.logits(hidden).flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(total, expected)
+    assert count == 26
+    arguments = (hidden, model.embedding)
+    ours = torch.autograd.grad(total, arguments)
+    theirs = torch.autograd.grad(expected, arguments)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train(30)
+
+
+def test_golden_loss(trained):
+    """The losses of this seed, recorded: they move only when the numerics do."""
+    _, losses, _ = trained
+    for step, loss in GOLDEN.items():
+        assert losses[step] == pytest.approx(loss, abs=2e-4), f"step {step}"
+
+
+def test_training_beats_the_unigram(trained):
+    _, _, metrics = trained
+    unigram = torch.tensor(VOCABULARY).log().item()
+    assert metrics["val/loss"] < unigram - 0.5
+
+
+def test_logged_metrics(trained):
+    module, _, metrics = trained
+    assert metrics["train/tokens"] == 30 * 4 * 40
+    assert metrics["train/gradient_norm"] > 0
+    assert metrics["train/context_30s"] == 0
+    assert {"train/context_4min", "train/context_16min"} <= set(metrics)
+    targets = [module.summed_loss(chain(4, 40, 10_000 + i)) for i in range(4)]
+    expected = sum(t for t, _ in targets) / sum(n for _, n in targets)
+    torch.testing.assert_close(metrics["val/loss"], expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_context_shares_count_positions_within_documents(monkeypatch):
+    monkeypatch.setattr("speechssm.lm.module.CONTEXTS", {"short": 5, "long": 20, "longer": 21})
+    _, _, metrics = train(1)
+    # Rows of 40 are two documents of 20.
+    assert metrics["train/context_short"] == pytest.approx(16 / 20)
+    assert metrics["train/context_long"] == pytest.approx(1 / 20)
+    assert metrics["train/context_longer"] == 0
+
+
+def test_a_saved_module_loads_with_weights_only(trained, tmp_path):
+    module, _, _ = trained
+    path = tmp_path / "module.ckpt"
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
+    content = torch.load(path, weights_only=True)
+    again = LanguageModelModule(**content["hyper_parameters"])
+    again.load_state_dict(content["state_dict"])
+    batch = chain(2, 20, 1)
+    assert torch.equal(again.summed_loss(batch)[0], module.summed_loss(batch)[0])
+
+
+def test_a_row_without_targets_has_zero_loss():
+    module = LanguageModelModule(MODEL, OPTIMIZER)
+    batch = chain(1, 10, 0)
+    batch["targets"][:] = -100
+    total, count = module.summed_loss(batch)
+    assert total == 0 and count == 0
+
+
+def test_an_unknown_optimizer_key_is_named():
+    module = LanguageModelModule(MODEL, {**OPTIMIZER, "momentum": 0.9})
+    module.trainer = lightning.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(ConfigError, match="momentum"):
+        module.configure_optimizers()
