@@ -1,6 +1,7 @@
 """How much memory a process holds, measured in ways that do not hide each other's leaks."""
 
 import ctypes
+import functools
 import gc
 import math
 import sys
@@ -37,15 +38,24 @@ class MemoryReading(NamedTuple):
     resident: int
 
 
-def allocated_bytes() -> float:
-    """Bytes handed out by glibc's malloc and not freed, over all arenas; NaN elsewhere."""
+@functools.cache
+def mallinfo():
+    """glibc's `mallinfo2`; None elsewhere. Looked up once: each look-up leaves a little behind."""
     try:
         function = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):
-        return math.nan
+        return None
     function.restype = MallocInfo
+    return function
+
+
+def allocated_bytes() -> float:
+    """Bytes handed out by glibc's malloc and not freed, over all arenas; NaN elsewhere."""
+    function = mallinfo()
+    if function is None:
+        return math.nan
     info = function()
-    return info.uordblks + info.hblkhd
+    return float(info.uordblks + info.hblkhd)
 
 
 def tensor_bytes() -> int:
