@@ -19,8 +19,12 @@ class CausalConv(nn.Conv1d):
     `forward(x_BCT, past_BCP) -> (y, past)`; T must be a multiple of the stride.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride=1, dilation=1):
-        super().__init__(in_channels, out_channels, kernel, stride=stride, dilation=dilation)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride=1, dilation=1, bias=True
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel, stride=stride, dilation=dilation, bias=bias
+        )
         # With P = reach - stride of padding the last output sees exactly the last input.
         self.past = (kernel - 1) * dilation + 1 - stride
 
@@ -41,8 +45,8 @@ class CausalTransposedConv(nn.ConvTranspose1d):
     `forward(x_BCT, last_BC1) -> (y with T * s samples, last)`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__(in_channels, out_channels, 2 * stride, stride=stride)
+    def __init__(self, in_channels: int, out_channels: int, stride: int, bias=True):
+        super().__init__(in_channels, out_channels, 2 * stride, stride=stride, bias=bias)
 
     def initial_state(self, batch_size: int, device=None, dtype=None) -> torch.Tensor:
         return torch.zeros(batch_size, self.in_channels, 1, device=device, dtype=dtype)
@@ -58,10 +62,10 @@ class CausalTransposedConv(nn.ConvTranspose1d):
 class ResidualUnit(nn.Module):
     """ELU, dilated convolution, ELU, pointwise convolution, added to the input."""
 
-    def __init__(self, channels: int, kernel: int, dilation: int):
+    def __init__(self, channels: int, kernel: int, dilation: int, bias=True):
         super().__init__()
-        self.dilated = CausalConv(channels, channels, kernel, dilation=dilation)
-        self.pointwise = nn.Conv1d(channels, channels, 1)
+        self.dilated = CausalConv(channels, channels, kernel, dilation=dilation, bias=bias)
+        self.pointwise = nn.Conv1d(channels, channels, 1, bias=bias)
 
     def initial_state(self, batch_size: int, device=None, dtype=None) -> torch.Tensor:
         return self.dilated.initial_state(batch_size, device, dtype)

@@ -52,11 +52,13 @@ def start_as_transform(
     up = [layer for layer in decoder if isinstance(layer, CausalConv | CausalTransposedConv)][::-1]
     for layer in (*down, *up):
         layer.weight *= noise
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     for unit in (*encoder, *decoder):
         if isinstance(unit, ResidualUnit):
             nn.init.zeros_(unit.pointwise.weight)
-            nn.init.zeros_(unit.pointwise.bias)
+            if unit.pointwise.bias is not None:
+                nn.init.zeros_(unit.pointwise.bias)
     # The first convolution copies the samples to channel 0, the last one copies them back.
     down[0].weight[0] = 0
     down[0].weight[0, 0, -1] = level

@@ -59,6 +59,9 @@ class SoundStream(nn.Module):
         dilations: of the residual units of a block, in the encoder's order.
         units: how many residual units each block has, with the first of the dilations; None = all.
             Those at the full rate cost most: small models do without.
+        bias: whether convolutions have biases. Without, zeros become exact silence. (Biases that
+            have barely moved already hum in the pauses, where the log spectral loss hears it: its
+            gradients were 30 times larger, and short trainings do not get over it.)
         ema_decay, dead_code_threshold: see ResidualVectorQuantizer.
         start: "random" (PyTorch's weights) or "transform" (see initialization.py).
 
@@ -77,6 +80,7 @@ class SoundStream(nn.Module):
         kernel: int = 7,
         dilations: Sequence[int] = (1, 3, 9),
         units: Sequence[int] | None = None,
+        bias: bool = True,
         ema_decay: float = 0.99,
         dead_code_threshold: float = 0.05,
         start: str = "random",
@@ -111,25 +115,30 @@ class SoundStream(nn.Module):
             "kernel": kernel,
             "dilations": dilations,
             "units": units,
+            "bias": bias,
         }
 
         blocks = list(zip(channels[:-1], channels[1:], strides, units, strict=True))
-        encoder = [CausalConv(1, channels[0], kernel)]
+
+        def residual_units(width: int, count: int) -> list[nn.Module]:
+            return [ResidualUnit(width, kernel, dilation, bias) for dilation in dilations[:count]]
+
+        encoder = [CausalConv(1, channels[0], kernel, bias=bias)]
         for narrow, wide, stride, count in blocks:
-            encoder += [ResidualUnit(narrow, kernel, dilation) for dilation in dilations[:count]]
-            encoder += [nn.ELU(), CausalConv(narrow, wide, 2 * stride, stride=stride)]
-        encoder += [nn.ELU(), CausalConv(channels[-1], code_width, 3)]
+            encoder += residual_units(narrow, count)
+            encoder += [nn.ELU(), CausalConv(narrow, wide, 2 * stride, stride=stride, bias=bias)]
+        encoder += [nn.ELU(), CausalConv(channels[-1], code_width, 3, bias=bias)]
         self.encoder = StreamingChain(*encoder)
 
         self.quantizer = ResidualVectorQuantizer(
             num_quantizers, codebook_size, code_width, ema_decay, dead_code_threshold
         )
 
-        decoder = [CausalConv(code_width, channels[-1], kernel)]
+        decoder = [CausalConv(code_width, channels[-1], kernel, bias=bias)]
         for narrow, wide, stride, count in reversed(blocks):
-            decoder += [nn.ELU(), CausalTransposedConv(wide, narrow, stride)]
-            decoder += [ResidualUnit(narrow, kernel, dilation) for dilation in dilations[:count]]
-        decoder += [nn.ELU(), CausalConv(channels[0], 1, kernel)]
+            decoder += [nn.ELU(), CausalTransposedConv(wide, narrow, stride, bias=bias)]
+            decoder += residual_units(narrow, count)
+        decoder += [nn.ELU(), CausalConv(channels[0], 1, kernel, bias=bias)]
         self.decoder = StreamingChain(*decoder)
         if start == "transform" and not self.encoder[0].weight.is_meta:
             start_as_transform(self.encoder, self.decoder)

@@ -202,6 +202,12 @@ def test_the_transform_start_reproduces_low_frequencies_before_any_training():
     assert error_BS.square().mean() < 0.05 * audio_BS.square().mean()
 
 
+def test_without_biases_the_networks_turn_zeros_into_exact_silence():
+    codec = SoundStream(**SMALL, bias=False)
+    assert not codec.embed(torch.zeros(1, 5 * HOP)).any()
+    assert not codec.synthesize(torch.zeros(1, 5, 6)).any()
+
+
 def test_the_codec_can_be_pickled(codec):
     copy = pickle.loads(pickle.dumps(codec))
     audio_BS = torch.randn(1, 4 * HOP)
