@@ -36,6 +36,7 @@ def evaluate_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> li
 
     tokenizer = config.get("tokenizer")
     details = run_details("tokenizer", tokenizer) if tokenizer else {}
+    options.pop("seed")  # nothing is drawn
     return evaluate_tokenizer(config["data"], config["out"], details=details, **options)
 
 

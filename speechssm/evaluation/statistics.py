@@ -5,6 +5,7 @@ crops of one speaker) are never resampled one by one: the bootstrap draws whole 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -78,18 +79,14 @@ def grouped_mean(values: np.ndarray, groups: list[str], *, seed: int = 0) -> Int
     return bootstrap_ratio(sums, np.bincount(index), seed=seed)
 
 
-def bootstrap_statistic(
-    histograms: np.ndarray,
-    statistic,
-    *,
-    seed: int = 0,
-    resamples: int = 500,
+def jackknife_statistic(
+    histograms: np.ndarray, statistic: Callable[[np.ndarray], float]
 ) -> Interval:
-    """A function of pooled counts (an entropy, a perplexity), with a bootstrap over groups.
+    """A function of pooled counts (an entropy, a share), with an interval over groups.
 
-    The interval is the "basic" one, 2 * value - quantile: entropies of resampled counts are biased
-    low, and a percentile interval would double that bias instead of undoing it. Where the bias is
-    larger than the spread it is widened to hold the value itself.
+    The standard error is the jackknife's, from leaving out one group at a time, with Student's t.
+    A bootstrap would not do: counts of resampled groups are less even than the whole, so their
+    entropies are biased low.
 
     Args:
         histograms: [G, V] counts of each group.
@@ -97,16 +94,14 @@ def bootstrap_statistic(
     """
     histograms = np.asarray(histograms, dtype=np.float64)
     groups = len(histograms)
-    value = float(statistic(histograms.sum(0)))
+    pooled = histograms.sum(0)
+    value = float(statistic(pooled))
     if groups < 2:
         return Interval(value, None, None, groups)
-    weights = np.random.default_rng(seed).multinomial(
-        groups, np.full(groups, 1 / groups), size=resamples
-    )
-    values = [statistic(row @ histograms) for row in weights]
-    lower, upper = np.quantile(values, expanded_tails(groups))
-    low, high = min(2 * value - upper, value), max(2 * value - lower, value)
-    return Interval(value, float(low), float(high), groups)
+    others = np.array([statistic(pooled - row) for row in histograms])
+    error = np.sqrt((groups - 1) / groups * np.square(others - others.mean()).sum())
+    margin = student_quantile(groups - 1) * float(error)
+    return Interval(value, value - margin, value + margin, groups)
 
 
 def expanded_tails(groups: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 from speechssm.errors import ConfigError
 from speechssm.evaluation.documents import iterate_units, vocabulary_size
 from speechssm.evaluation.results import progress_bar, write_results
-from speechssm.evaluation.statistics import Interval, bootstrap_statistic, entropy
+from speechssm.evaluation.statistics import Interval, entropy, jackknife_statistic
 from speechssm.report.plots import Line, plot_lines
 from speechssm.report.rows import Comparison, Row
 from speechssm.report.style import save_figure
@@ -21,7 +21,6 @@ def evaluate_tokenizer(
     out: str | Path,
     *,
     rate: int = 25,
-    seed: int = 0,
     details: Mapping[str, object] | None = None,
     show_progress: bool = True,
 ) -> list[Row]:
@@ -54,7 +53,7 @@ def evaluate_tokenizer(
             progress.advance(task)
     if not histograms or not sum(map(np.sum, histograms)):
         raise ConfigError(f"{Path(data) / 'heldout'} holds no units; prepare a held-out split")
-    return summarize(np.array(histograms), pairs, Path(out), rate, seed, details or {})
+    return summarize(np.array(histograms), pairs, Path(out), rate, details or {})
 
 
 def summarize(
@@ -62,14 +61,12 @@ def summarize(
     pairs: list[np.ndarray],
     out: Path,
     rate: int,
-    seed: int,
     details: Mapping[str, object],
 ) -> list[Row]:
     """Rows, comparison and plot from the counts [G, V] and the pair keys of each document."""
     vocab_size = histograms.shape[1]
-    # One set of resamples serves the quantities that follow from the same entropy.
-    unigram = bootstrap_statistic(histograms, entropy, seed=seed)
-    used = bootstrap_statistic(histograms, lambda counts: float((counts > 0).mean()), seed=seed)
+    unigram = jackknife_statistic(histograms, entropy)
+    used = float((histograms.sum(0) > 0).mean())
     _, pair_counts = np.unique(np.concatenate(pairs), return_counts=True)
     before = np.concatenate([keys // vocab_size for keys in pairs])
     bigram = entropy(pair_counts) - entropy(np.bincount(before)) if len(before) else 0.0
@@ -86,7 +83,7 @@ def summarize(
 
     rows = [
         row("unit_perplexity", perplexity, "units"),
-        row("used_units", Interval(used.value, None, None, used.n), "share"),
+        row("used_units", used, "share"),
         row("unigram_entropy", unigram, "nats/unit"),
         row("bigram_entropy", bigram, "nats/unit"),
         row("bitrate", bitrate, "bit/s"),
