@@ -230,9 +230,9 @@ def growth_comparisons(slopes: Mapping[str, Slope]) -> list[Comparison]:
     ]
 
 
-def measured_positions(last: int) -> list[int]:
-    """0, then doublings of 250 tokens (10 s) up to `last`, and `last` itself."""
-    places = [0]
+def measured_positions(first: int, last: int) -> list[int]:
+    """`first`, then doublings of 250 tokens (10 s) up to `last`, and `last` itself."""
+    places = [first]
     step = 250
     while step < last:
         places.append(step)
@@ -263,12 +263,12 @@ def measure_positions(
     def tokens(length: int) -> torch.Tensor:
         return torch.randint(lm.vocab_size, (1, length), generator=generator).to(device)
 
-    places = measured_positions(last)
-    state = lm.initial_state(1, max_positions=last + steps * len(places))
+    places = measured_positions(steps, last)
+    state = lm.initial_state(1, max_positions=last)
     position, points = 0, []
     for place in places:
-        while position < place:
-            length = min(chunk, place - position)
+        while position < place - steps:
+            length = min(chunk, place - steps - position)
             _, state = lm(tokens(length), state=state)
             position += length
             advance(length)
@@ -281,6 +281,7 @@ def measure_positions(
             lm.logits(hidden_BTD)[0, -1, 0].item()
             times.append((time.perf_counter() - begun) * 1000)
         position += steps
+        advance(steps)
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
         points.append(
             {

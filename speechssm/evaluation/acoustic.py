@@ -193,7 +193,7 @@ def summarize(sums: np.ndarray, out: Path, seed: int, details: Mapping[str, obje
                     "soundstorm",
                     "nats_per_code",
                     f"SoundStorm, {where}",
-                    "unigram of the level's training codes",
+                    "unigram of its training codes",
                     ours.value,
                     theirs.value,
                     "nats/code",

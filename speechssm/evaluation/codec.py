@@ -209,7 +209,7 @@ def evaluate_codec(
                 "soundstream",
                 "log_mel_distance",
                 ours,
-                baseline if baseline == SILENCE else "mean spectrum of the training audio",
+                baseline if baseline == SILENCE else "mean training spectrum",
                 float(np.mean(distances[ours])),
                 float(np.mean(distances[baseline])),
                 "nats",

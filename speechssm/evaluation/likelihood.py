@@ -218,10 +218,13 @@ def summary_rows(
 
 
 def position_edges(longest: int) -> list[int]:
-    """Edges of the position bins, in units: half octaves from 8 on, as many as fit `longest`."""
+    """Edges of the position bins, in units: half octaves up and down from 24000 (16 minutes).
+
+    The first bin is about a second, 750 (30 s) and 3000 are among the edges.
+    """
     edges = [0]
-    step = 0
-    while (edge := round(8 * 2 ** (step / 2))) <= longest:
+    step = -20
+    while (edge := round(24_000 * 2 ** (step / 2))) <= longest:
         edges.append(edge)
         step += 1
     return edges

@@ -7,7 +7,7 @@ from speechssm.errors import ConfigError
 from speechssm.report import measured
 from speechssm.report import sections as parts
 from speechssm.report.blocks import Block, Document, Section
-from speechssm.report.gather import Folder, gather
+from speechssm.report.gather import STAGES, Folder, gather
 from speechssm.report.rows import write_rows, write_text
 from speechssm.report.template import render_page
 from speechssm.report.text import render_latex, render_markdown
@@ -15,11 +15,18 @@ from speechssm.report.text import render_latex, render_markdown
 FORMATS = {"html": "index.html", "markdown": "report.md", "latex": "report.tex"}
 
 DEMO_LEAD = (
-    "All four stages of a spoken language model, from recordings to speech that could go "
-    "on for ever, each trained for minutes on two CPU cores. Trainings this short cannot give "
-    "good speech yet: expect a voice's sound and rhythm, not words. What the page shows is that "
-    "every part works, beats what needs no learning on recordings it has never seen, and speaks "
-    "on in a fixed amount of memory. Nothing on it is chosen by hand."
+    "All four stages of a spoken language model, from recordings to speech that could go on for "
+    "ever, each trained for minutes on two CPU cores. Trainings this short cannot give good speech "
+    "yet: expect a voice's sound and rhythm at best, not words. {verdict} Nothing on this page is "
+    "chosen by hand."
+)
+PROVEN = (
+    "What it shows is that every part works, beats what needs no learning on recordings that it "
+    "has never seen, and speaks on in a fixed amount of memory."
+)
+UNPROVEN = (
+    "It is meant to show that every part works and beats what needs no learning; here not every "
+    "check holds, or some are missing, and the page says which."
 )
 LEADS = {
     "demo": "All stages of a spoken language model, from recordings to speech that can go on for "
@@ -98,12 +105,22 @@ def build(folder: Folder, report: Path) -> Document:
     opening: list[Block] = [facts] if facts else []
     return Document(
         title_of(folder),
-        DEMO_LEAD if folder.kind == "demo" and is_small(folder) else LEADS[folder.kind],
+        lead_of(folder),
         opening,
         [section for section in made if section is not None],
         "Written by `speechssm report` from the files in this folder alone. Every figure is also "
         "in metrics.json, one row each, with its interval, seed, config, hardware and versions.",
     )
+
+
+def lead_of(folder: Folder) -> str:
+    """The paragraph below the title. It claims only what the checks in the folder bear out."""
+    if folder.kind != "demo" or not is_small(folder):
+        return LEADS[folder.kind]
+    comparisons = parts.comparisons_of(folder)
+    stages = {item.stage for item in comparisons}
+    proven = stages >= {*STAGES, "pipeline"} and all(item.holds for item in comparisons)
+    return DEMO_LEAD.format(verdict=PROVEN if proven else UNPROVEN)
 
 
 def is_small(folder: Folder) -> bool:

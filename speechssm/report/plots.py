@@ -111,7 +111,7 @@ def plot_training(losses: Sequence[Line], rates: Sequence[Line]) -> Figure:
             panels[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             panels[1].yaxis.set_major_locator(MaxNLocator(4))
         for axes, ticks in zip(panels, (6, 3), strict=False):
-            axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10], integer=True))
         return drawing
 
 

@@ -164,7 +164,10 @@ def comparisons_table(comparisons: Iterable[Comparison], caption: str = "") -> T
     """Comparisons as a table with a last column that says whether each holds."""
     cells = [
         [
-            f"{item.system}: {item.name.replace('_', ' ')}",
+            # Units such as nats/code name the metric well enough.
+            item.system
+            if item.unit.startswith("nats/")
+            else f"{item.system}: {item.name.replace('_', ' ')}",
             item.baseline_name,
             format_number(item.ours),
             format_number(item.baseline),

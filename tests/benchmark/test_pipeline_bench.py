@@ -96,7 +96,7 @@ def test_state_bytes_count_all_tensors_of_a_nested_state():
 
 
 def test_positions_double_up_to_the_last():
-    assert measured_positions(3000) == [0, 250, 500, 1000, 2000, 3000]
+    assert measured_positions(40, 3000) == [40, 250, 500, 1000, 2000, 3000]
 
 
 def test_griffins_state_does_not_grow_and_full_attentions_does():

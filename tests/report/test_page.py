@@ -108,6 +108,18 @@ def test_the_page_says_what_the_demo_cannot_do(page):
     assert "cannot give good speech" in check(page[1]["html"]).text.replace("\n", " ")
 
 
+def test_the_page_claims_success_only_where_every_check_holds(demo):
+    path = demo / "evaluation" / "acoustic" / "metrics.json"
+    claim = "beats what needs no learning on recordings"
+    assert claim not in check(write_report(demo)["html"]).text
+    content = json.loads(path.read_text())
+    content["comparisons"][0]["holds"] = True
+    path.write_text(json.dumps(content))
+    assert claim in check(write_report(demo)["html"]).text
+    shutil.rmtree(demo / "bench")
+    assert claim not in check(write_report(demo)["html"]).text
+
+
 def test_a_comparison_that_fails_is_shown_as_failed(page):
     text = check(page[1]["html"]).text
     assert "does not hold" in text and "1 of 7 do not hold" in text
