@@ -1,0 +1,76 @@
+"""`speechssm evaluate` and `speechssm bench`: subjects, options and mistakes."""
+
+import inspect
+
+import pytest
+
+from speechssm.benchmark import command as bench_command
+from speechssm.benchmark.pipeline import run_pipeline
+from speechssm.configuration import compose
+from speechssm.errors import CheckpointError, ConfigError
+from speechssm.evaluation import command
+from speechssm.evaluation.acoustic import evaluate_acoustic
+from speechssm.evaluation.codec import evaluate_codec
+from speechssm.evaluation.likelihood import evaluate_likelihood
+from speechssm.evaluation.tokenizer import evaluate_tokenizer
+from speechssm.report.rows import read_rows
+
+FUNCTIONS = {
+    "tokenizer": evaluate_tokenizer,
+    "codec": evaluate_codec,
+    "acoustic": evaluate_acoustic,
+    "likelihood": evaluate_likelihood,
+}
+
+
+def test_every_subject_has_options_that_its_function_knows_at_the_same_defaults():
+    config = compose("evaluate", ["subject=codec", "data=a", "out=b"])
+    assert set(config.options) == set(FUNCTIONS) == set(command.SUBJECTS)
+    benches = compose("bench", ["subject=pipeline", "out=b"])
+    functions = [(config.options[name], function) for name, function in FUNCTIONS.items()]
+    for options, function in [*functions, (benches.options.pipeline, run_pipeline)]:
+        known = inspect.signature(function).parameters
+        for name, value in options.items():
+            default = known[name].default
+            assert value == (list(default) if isinstance(default, tuple) else default), name
+
+
+def test_a_subject_runs_from_its_config(unit_shards, tmp_path):
+    config = compose(
+        "evaluate", ["subject=tokenizer", f"data={unit_shards}", f"out={tmp_path / 'out'}"]
+    )
+    command.evaluate(config)
+    assert read_rows(tmp_path / "out" / "metrics.json")[0].name == "unit_perplexity"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"subject": "speling"}, "unknown subject 'speling'; choose one of: tokenizer"),
+        ({"subject": "codec"}, "data is not set"),
+        ({"subject": "codec", "data": "a"}, "out is not set"),
+        ({"subject": "codec", "data": "a", "out": "b"}, "codec is not set"),
+    ],
+)
+def test_mistakes_of_evaluate_are_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        command.evaluate(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"subject": "speling"}, "choose one of: pipeline"),
+        ({"subject": "pipeline"}, "out is not set"),
+        ({"subject": "pipeline", "out": "b"}, "tokenizer is not set"),
+    ],
+)
+def test_mistakes_of_bench_are_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        bench_command.bench(config)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    config = {"subject": "likelihood", "data": "a", "out": "b", "lm": str(tmp_path / "none")}
+    with pytest.raises(CheckpointError, match="none"):
+        command.evaluate(config)
