@@ -73,14 +73,18 @@ def generate_units(
         raise ConfigError(
             f"chunk={chunk}, batch_size={batch_size}, max_units={max_units}: each at least 1"
         )
-    if bool((torch.as_tensor(temperature) < 0).any()):
-        raise ConfigError(f"temperature={temperature}: must be 0 (most likely unit) or more")
     if prompt_units_BT is None:
         prompt_units_BT = np.zeros((batch_size, 0), dtype=np.int64)
     prompt_BT = torch.as_tensor(prompt_units_BT, dtype=torch.int64)
     if prompt_BT.dim() != 2:
         raise ConfigError(f"prompt of shape {tuple(prompt_BT.shape)}: [B, T] is needed")
     check_units(prompt_BT, model.vocab_size)
+    temperature = torch.as_tensor(temperature, dtype=torch.float32)
+    if temperature.shape not in ((), (len(prompt_BT),)) or bool((temperature < 0).any()):
+        raise ConfigError(
+            f"temperature={temperature.tolist()}: 0 (most likely unit) or more, one for all "
+            f"{len(prompt_BT)} rows or one each"
+        )
     return _generate(model, prompt_BT, chunk, temperature, seed, max_units)
 
 
@@ -110,8 +114,7 @@ def _generate(model, prompt_BT, chunk, temperature, seed, max_units) -> Iterator
     device = model.embedding.device
     rows, length = prompt_BT.shape
     generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.to(device)
+    temperature = temperature.to(device)
     # The last drawn unit is never fed back, so BOS + prompt + max_units - 1 tokens go in.
     max_positions = None if max_units is None else length + max_units
     # inference_mode must not be open across a yield: it would leak into the caller's code.

@@ -46,7 +46,8 @@ class BlockDiagonalLinear(nn.Module):
         self.num_blocks = num_blocks
         self.block_width = width // num_blocks
         self.weight = nn.Parameter(torch.empty(num_blocks, self.block_width, self.block_width))
-        self.bias = nn.Parameter(torch.empty(num_blocks, self.block_width))
+        # A vector, so that no optimiser takes it for a matrix and decays it.
+        self.bias = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -54,6 +55,7 @@ class BlockDiagonalLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        bias_N1K = self.bias.view(self.num_blocks, 1, self.block_width)
         x_PNK = x_BTD.reshape(-1, self.num_blocks, self.block_width)
-        y_NPK = torch.baddbmm(self.bias.unsqueeze(1), x_PNK.transpose(0, 1), self.weight)
+        y_NPK = torch.baddbmm(bias_N1K, x_PNK.transpose(0, 1), self.weight)
         return y_NPK.transpose(0, 1).reshape(x_BTD.shape)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from speechssm.errors import ConfigError
 from speechssm.lm.griffin import Griffin
 from speechssm.lm.transformer import Transformer
+from speechssm.nn.optimization import decay_groups
 from speechssm.nn.state import state_bytes
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -244,3 +245,13 @@ def test_impossible_configurations_are_named(build, message):
 def test_tokens_that_do_not_fit_are_named(model, tokens, message):
     with pytest.raises(ConfigError, match=message):
         model(tokens)
+
+
+def test_weight_decay_touches_matrices_alone():
+    model = griffin()
+    decayed, spared = decay_groups(model.parameters(), 0.6)
+    spared = {id(parameter) for parameter in spared["params"]}
+    assert decayed["weight_decay"] == 0.6
+    for name, parameter in model.named_parameters():
+        vector = name.rsplit(".", 1)[-1] in ("bias", "scale", "decay")
+        assert (id(parameter) in spared) == vector, name

@@ -66,6 +66,8 @@ def griffin_weights(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                     part.mT if kind == "weight" else part.view(-1)
                 )
             continue
+        if name.endswith("gate.b"):
+            tensor = tensor.flatten()
         for old, new in renames.items():
             name = name.replace(old, new)
         ours[name] = tensor

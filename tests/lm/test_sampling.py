@@ -129,6 +129,7 @@ def test_broken_weights_are_reported():
         ({"prompt_units_BT": np.array([[0, VOCABULARY]])}, "from 0 to 11 do not fit"),
         ({"prompt_units_BT": np.array([0, 1])}, r"\[B, T\] is needed"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": [1.0, 0.5]}, "one for all 1 rows"),
         ({"chunk": 0}, "chunk=0"),
         ({"max_units": 0}, "max_units=0"),
     ],
