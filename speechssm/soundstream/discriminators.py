@@ -145,7 +145,9 @@ class StftDiscriminator(nn.Module):
             normalized=True,
             return_complex=True,
         )[:, :-1]  # without the Nyquist bin, so that the halvings divide
-        x_BCTF = torch.view_as_real(stft_BFT).permute(0, 3, 2, 1)
+        # contiguous(): the permuted tensor passes for channels-last, where oneDNN's backward of
+        # narrow strided convolutions overruns its buffers (PyTorch 2.11 on the CPU).
+        x_BCTF = torch.view_as_real(stft_BFT).permute(0, 3, 2, 1).contiguous()
         x_BCTF = functional.leaky_relu(self.first(x_BCTF), SLOPE)
         outputs = [x_BCTF]
         for unit in self.units:

@@ -123,4 +123,7 @@ def test_discriminators_can_be_pickled():
 
 @pytest.mark.parametrize("samples", [1024, 1600, 8000])
 def test_units_and_shortcuts_agree_for_any_crop(samples):
-    StftDiscriminator(**TINY["stft"])(torch.randn(1, samples))
+    discriminator = StftDiscriminator(**TINY["stft"])
+    # Backward as well: on channels-last input this once crashed in oneDNN.
+    discriminator(torch.randn(8, samples))[-1].mean().backward()
+    assert discriminator.units[0].shortcut.weight.grad.isfinite().all()
