@@ -22,6 +22,9 @@ def progress_bar(show: bool = True) -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        # Rich keeps a sample of every step of this many seconds: by default, all of a short bench,
+        # which then finds a leak that is the bar's own.
+        speed_estimate_period=3.0,
         disable=not show,
     )
 
