@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from speechssm.errors import ConfigError
 
+# Of the whitening statistics, per step. A batch's own are exact enough (thousands of vectors for a
+# few numbers); what hurts is lag behind an encoder that moves, which evaluation then sees.
+WHITENING_DECAY = 0.9
+
 
 class Float32Buffers(nn.Module):
     """A module whose floating-point buffers stay float32 when the model is cast to bfloat16.
@@ -91,7 +95,7 @@ class VectorQuantizer(Float32Buffers):
         codebook_size: V. width: D of the vectors that come and go.
         codebook_width: C of the lookup space; linear maps D -> C and C -> D around the codebook,
             or none at all when it is None.
-        ema_decay: of code counts, code sums and (with `whiten`) mean and variance.
+        ema_decay: of code counts and code sums, per step.
         cosine: compare directions only; vectors and codes have length sqrt(C).
         dead_code_threshold: fraction of an even share of use, 0 switches restarts off.
         whiten: bring the C dimensions to zero mean, unit variance and no correlation by running
@@ -215,7 +219,7 @@ class VectorQuantizer(Float32Buffers):
             total = packed[-1, 0]
             packed = packed / total.clamp(min=1.0)
             # The first batch sets the statistics, an empty batch leaves them, others move them.
-            rate = torch.where(self.initialized, 1 - self.ema_decay, 1.0) * (total > 0)
+            rate = torch.where(self.initialized, 1 - WHITENING_DECAY, 1.0) * (total > 0)
             self.mean_C.lerp_(packed[0], rate)
             self.covariance_CC.lerp_(packed[1:-1], rate)
         return mean_C, covariance_CC

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def masked_prediction_loss(
-    logits_BTQK: Tensor, targets_BTQ: Tensor, mask_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy (nats) over masked frames and codebooks, and accuracy there.
-
-    Unmasked frames are weighted by zero rather than left out, which keeps shapes static. Both are
-    zero when nothing is masked.
-    """
-    weight_BTQ = mask_BT.unsqueeze(-1).float().expand(targets_BTQ.shape)
-    total = weight_BTQ.sum().clamp(min=1.0)
+def prediction_loss(logits_BTQK: Tensor, targets_BTQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy (nats) and accuracy of every frame, each the mean over codebooks: [B, T]."""
     loss_BTQ = F.cross_entropy(logits_BTQK.float().movedim(-1, 1), targets_BTQ, reduction="none")
     correct_BTQ = (logits_BTQK.argmax(dim=-1) == targets_BTQ).float()
-    return (loss_BTQ * weight_BTQ).sum() / total, (correct_BTQ * weight_BTQ).sum() / total
+    return loss_BTQ.mean(dim=-1), correct_BTQ.mean(dim=-1)
+
+
+def mean_where(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the frames of a mask, 0 if there are none.
+
+    Other frames are weighted by zero rather than left out, which keeps shapes static.
+    """
+    weight_BT = mask_BT.float()
+    return (values_BT * weight_BT).sum() / weight_BT.sum().clamp(min=1.0)
 
 
 def ctc_loss(

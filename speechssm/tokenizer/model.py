@@ -22,6 +22,9 @@ from speechssm.tokenizer.masking import repeat_frames, span_mask
 from speechssm.tokenizer.random_projection import RandomProjectionQuantizer
 
 FRAMES_PER_UNIT = 4
+# Under mel energies of speech levelled to a root mean square of 0.1, some 37 dB below their mean:
+# what is quieter is rather noise of the room than speech.
+MEL_FLOOR = 1e-5
 
 
 class TokenizerOutput(NamedTuple):
@@ -36,10 +39,21 @@ class TokenizerOutput(NamedTuple):
     text_logits_BTW: Tensor | None
 
 
+def level(audio_BS: Tensor, length_B: Tensor | None) -> Tensor:
+    """Scale each row to a root mean square of 0.1 (at most 60 dB up) over its valid samples.
+
+    Before the logarithm rather than after it, because the floor under the mel energies would
+    otherwise cut quiet recordings at another depth than loud ones.
+    """
+    count_B = audio_BS.shape[1] if length_B is None else length_B.clamp(min=1).to(audio_BS.dtype)
+    rms_B = torch.sqrt(audio_BS.square().sum(dim=1) / count_B)
+    return audio_BS * (0.1 / rms_B.clamp(min=1e-4))[:, None]
+
+
 class FeatureNormalizer(Float32Buffers):
     """Log-mel relative to its own mean over the window, over a running deviation per bin.
 
-    Subtracting each bin's mean over the window takes out gain and most of the channel; a fixed
+    Subtracting each bin's mean over the window takes out most of the microphone and room; a fixed
     divisor (a running average over training) rather than the window's own deviation keeps a
     silent window from being blown up to the size of speech.
     """
@@ -144,7 +158,11 @@ class SemanticTokenizer(nn.Module):
         self.num_target_codebooks = num_target_codebooks
         with torch.device("cpu"):  # torchaudio's filter bank looks at its values: not on meta
             self.log_mel = LogMel(
-                sample_rate=sample_rate, num_mels=num_mels, hop_length=sample_rate // 100
+                sample_rate=sample_rate,
+                num_mels=num_mels,
+                window_length=sample_rate // 40,
+                hop_length=sample_rate // 100,
+                floor=MEL_FLOOR,
             )
         self.normalizer = FeatureNormalizer(num_mels)
         self.subsampling = Subsampling(num_mels, width)
@@ -175,6 +193,7 @@ class SemanticTokenizer(nn.Module):
         batch, samples = audio_BS.shape
         num_units = samples // self.hop_length
         with torch.no_grad():
+            audio_BS = level(audio_BS.float(), length_B)
             mel_BTM = self.log_mel(audio_BS)[:, : FRAMES_PER_UNIT * num_units]
             unit_T = torch.arange(num_units, device=audio_BS.device)
             if length_B is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speechssm.nn.optimization import build_optimizer
 from speechssm.nn.vector_quantization import sum_over_ranks
-from speechssm.tokenizer.losses import ctc_loss, histogram, masked_prediction_loss, perplexity
+from speechssm.tokenizer.losses import ctc_loss, histogram, mean_where, perplexity, prediction_loss
 
 
 class TokenizerModule(lightning.LightningModule):
@@ -25,6 +25,8 @@ class TokenizerModule(lightning.LightningModule):
         model: `_target_` and arguments of a `SemanticTokenizer`.
         optimizer: see `build_optimizer`.
         ctc_weight, commitment_weight: of those losses; masked prediction counts 1.
+        unmasked_weight: of predicting the targets at frames that are not masked, as HuBERT may.
+            There the units have to carry what the frame itself holds, which teaches them faster.
         seed: of the masks in validation, which are the same every time.
     """
 
@@ -50,18 +52,19 @@ class TokenizerModule(lightning.LightningModule):
     def losses(self, batch: dict[str, Tensor], uniform_BT: Tensor) -> dict[str, Tensor]:
         """All figures of one batch; `loss` is what is minimised, `unit_counts` a histogram [V]."""
         output = self.model(batch["audio"], batch["audio_length"], uniform_BT)
-        mlm_loss, mlm_accuracy = masked_prediction_loss(
-            output.logits_BTQK, output.targets_BTQ, output.mask_BT
-        )
         seen_BT = output.valid_BT & ~output.mask_BT
-        seen_loss, _ = masked_prediction_loss(output.logits_BTQK, output.targets_BTQ, seen_BT)
+        loss_BT, correct_BT = prediction_loss(output.logits_BTQK, output.targets_BTQ)
+        figures = {
+            "mlm_loss": mean_where(loss_BT, output.mask_BT),
+            "mlm_accuracy": mean_where(correct_BT, output.mask_BT),
+            "unmasked_loss": mean_where(loss_BT, seen_BT),
+            "commitment": output.commitment_loss,
+        }
         loss = (
-            mlm_loss
+            figures["mlm_loss"]
+            + self.unmasked_weight * figures["unmasked_loss"]
             + self.commitment_weight * output.commitment_loss
-            + self.unmasked_weight * seen_loss
         )
-        figures = {"mlm_loss": mlm_loss, "mlm_accuracy": mlm_accuracy, "seen_loss": seen_loss}
-        figures["commitment"] = output.commitment_loss
         if output.text_logits_BTW is not None:
             figures["ctc_loss"] = ctc_loss(
                 output.text_logits_BTW,

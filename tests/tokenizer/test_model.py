@@ -1,0 +1,132 @@
+"""The tokenizer's network: exact rates, independence from padding, targets, paper sizes."""
+
+from pathlib import Path
+
+import hydra.utils
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from speechssm.errors import ConfigError
+from speechssm.tokenizer.model import FeatureNormalizer, SemanticTokenizer
+
+MODELS = Path(__file__).parents[2] / "conf" / "model"
+SMALL = {
+    "vocab_size": 32,
+    "width": 16,
+    "num_heads": 2,
+    "ffn_width": 32,
+    "lower_layers": 1,
+    "upper_layers": 1,
+    "num_mels": 20,
+    "num_target_codebooks": 2,
+    "target_codebook_size": 16,
+}
+
+
+def small_model(**options) -> SemanticTokenizer:
+    torch.manual_seed(0)
+    model = SemanticTokenizer(**{**SMALL, **options}).train()
+    model(torch.randn(2, 32_000), torch.tensor([32_000] * 2), torch.ones(2, 50))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.mark.parametrize("samples", [100, 640, 1279, 1280, 16_000, 31_999])
+def test_there_is_one_unit_for_every_640_samples(model, samples):
+    units = model.tokenize(torch.randn(3, samples))
+    assert units.shape == (3, samples // 640) and units.dtype == torch.int64
+
+
+def test_training_and_tokenizing_agree_on_units(model):
+    audio = torch.randn(2, 32_000)
+    output = model(audio, torch.tensor([32_000] * 2), torch.ones(2, 50))
+    assert not output.mask_BT.any()
+    assert torch.equal(output.units_BT, model.tokenize(audio))
+
+
+def test_padding_does_not_change_units_and_targets(model):
+    audio = torch.randn(1, 32_000)
+    padded = torch.cat([audio, torch.zeros(1, 12_800)], dim=1)
+    length = torch.tensor([32_000])
+    whole = model(audio, length, torch.ones(1, 50))
+    other = model(padded, length, torch.ones(1, 70))
+    assert other.valid_BT[0].tolist() == [True] * 50 + [False] * 20
+    same = (whole.units_BT == other.units_BT[:, :50]).float().mean()
+    assert same > 0.95  # the last frame's analysis window looks beyond the recording's end
+    same = (whole.targets_BTQ == other.targets_BTQ[:, :50]).float().mean()
+    assert same > 0.95
+
+
+def test_units_do_not_depend_on_the_gain(model):
+    audio = 0.1 * torch.randn(1, 32_000)
+    assert (model.tokenize(audio) == model.tokenize(0.5 * audio)).float().mean() > 0.98
+
+
+def test_targets_are_those_of_the_unmasked_features(model):
+    audio, length = torch.randn(2, 32_000), torch.tensor([32_000, 32_000])
+    open_output = model(audio, length, torch.ones(2, 50))
+    uniform = torch.ones(2, 50)
+    uniform[:, 20] = 0.0
+    masked_output = model(audio, length, uniform)
+    assert torch.equal(open_output.targets_BTQ, masked_output.targets_BTQ)
+    assert torch.where(masked_output.mask_BT[0])[0].tolist() == list(range(20, 30))
+
+
+def test_masked_frames_are_hidden_from_the_network(monkeypatch):
+    """Other frames in their place (with the same mean) must give the very same predictions."""
+    model = small_model()
+    mel = torch.randn(2, 200, 20)
+    shuffled = mel.clone()
+    shuffled[:, 80:120] = mel[:, 80:120].flip(1)
+    uniform = torch.ones(2, 50)
+    uniform[:, 20] = 0.0
+    outputs = []
+    for features in (mel, shuffled):
+        monkeypatch.setattr(model.log_mel, "forward", lambda _, features=features: features)
+        outputs.append(model(torch.zeros(2, 32_000), torch.tensor([32_000] * 2), uniform))
+    torch.testing.assert_close(outputs[0].logits_BTQK, outputs[1].logits_BTQK)
+    assert not torch.equal(outputs[0].targets_BTQ, outputs[1].targets_BTQ)
+
+
+def test_features_have_zero_mean_and_unit_deviation_and_silence_stays_small():
+    normalizer = FeatureNormalizer(4).train()
+    mel = 3.0 * torch.randn(2, 500, 4) - 7.0
+    valid = torch.ones(2, 500, dtype=torch.bool)
+    features = normalizer(mel, valid)
+    torch.testing.assert_close(features.mean(dim=1), torch.zeros(2, 4), atol=1e-5, rtol=0)
+    assert features.std() == pytest.approx(1.0, abs=0.05)
+    quiet = normalizer.eval()(-13.0 + 1e-3 * torch.randn(1, 500, 4), valid[:1])
+    assert quiet.abs().max() < 0.01
+
+
+def test_a_silent_window_has_units(model):
+    assert model.tokenize(torch.zeros(1, 32_000)).shape == (1, 50)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("usm_0_6b", 580), ("usm_2b", 1_740)])
+def test_paper_sizes_are_built_without_memory(name, millions):
+    with torch.device("meta"):
+        model = hydra.utils.instantiate(OmegaConf.load(MODELS / f"{name}.yaml"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    count = sum(p.numel() for p in [*model.lower.parameters(), *model.upper.parameters()])
+    assert count / 1e6 == pytest.approx(millions, rel=0.02)
+    assert model.vocab_size == 32_768 and model.hop_length == 640
+
+
+def test_weights_move_from_meta_through_a_state_dict():
+    source = small_model()
+    with torch.device("meta"):
+        copy = SemanticTokenizer(**SMALL)
+    copy.load_state_dict(source.state_dict(), assign=True)
+    audio = torch.randn(1, 32_000)
+    assert torch.equal(copy.eval().tokenize(audio), source.tokenize(audio))
+
+
+def test_a_sample_rate_that_does_not_divide_into_frames_is_refused():
+    with pytest.raises(ConfigError):
+        SemanticTokenizer(**SMALL, sample_rate=22_051)

@@ -1,0 +1,167 @@
+"""Training of the tokenizer: golden losses, repeatable validation, text, no collapse."""
+
+import lightning
+import pytest
+import torch
+
+from speechssm.tokenizer.module import TokenizerModule
+
+MODEL = {
+    "_target_": "speechssm.tokenizer.model.SemanticTokenizer",
+    "vocab_size": 32,
+    "width": 48,
+    "num_heads": 2,
+    "ffn_width": 64,
+    "lower_layers": 1,
+    "upper_layers": 1,
+    "num_mels": 20,
+    "codebook_width": 8,
+    "ema_decay": 0.9,
+    "num_target_codebooks": 2,
+    "target_codebook_size": 16,
+    "mask_probability": 0.1,
+    "mask_span": 4,
+    "text_vocab_size": 10,
+}
+OPTIMIZER = {"learning_rate": 5e-3, "warmup_steps": 5, "schedule": "cosine"}
+GOLDEN = [7.06991, 6.66034, 6.36408, 5.27293]
+
+
+def tones(seed: int, batch: int = 4, samples: int = 16_000) -> dict[str, torch.Tensor]:
+    """Sequences of notes: each lasts 0.2 s, and a scale is played in order."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(8, (batch, 1), generator=generator)
+    time = torch.arange(samples)
+    note = (start + time // 3200) % 8
+    audio = 0.3 * torch.sin(2 * torch.pi * 200 * 1.3**note * time / 16_000)
+    audio = audio + 0.001 * torch.randn(audio.shape, generator=generator)
+    return {
+        "audio": audio,
+        "audio_length": torch.tensor([samples] * (batch - 1) + [samples - 5_000]),
+        "text": torch.randint(10, (batch, 6), generator=generator),
+        "text_length": torch.tensor([6, 3] + [0] * (batch - 2)),
+    }
+
+
+class Batches(torch.utils.data.IterableDataset):
+    def __init__(self, first: int, count: int):
+        self.seeds = range(first, first + count)
+
+    def __iter__(self):
+        return (tones(seed) for seed in self.seeds)
+
+
+def fit(steps: int, folder, **options):
+    lightning.seed_everything(3, verbose=False)
+    module = TokenizerModule(MODEL, OPTIMIZER, **options)
+    seen: list[dict[str, float]] = []
+
+    class Record(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+        callbacks=[Record()],
+    )
+    loaders = [
+        torch.utils.data.DataLoader(Batches(*span), batch_size=None)
+        for span in ((0, steps), (1000, 3))
+    ]
+    trainer.fit(module, *loaders)
+    return module, seen, {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return fit(100, tmp_path_factory.mktemp("run"), unmasked_weight=0.5)
+
+
+def test_losses_are_the_recorded_ones(trained):
+    losses = [step["train/loss"] for step in trained[1]]
+    assert losses[:4] == pytest.approx(GOLDEN, rel=2e-3)
+
+
+def test_every_figure_is_logged(trained):
+    parts = {"loss", "mlm_loss", "mlm_accuracy", "unmasked_loss", "ctc_loss", "commitment"}
+    names = {f"{split}/{part}" for split in ("train", "val") for part in parts}
+    assert names | {"train/unit_perplexity", "val/unit_perplexity"} <= set(trained[2])
+
+
+def test_training_predicts_masked_notes_and_keeps_the_codebook_in_use(trained):
+    figures = trained[2]
+    uniform = torch.log(torch.tensor(16.0)).item()
+    assert figures["val/mlm_loss"] < uniform - 0.8
+    assert figures["val/unit_perplexity"] > 8
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(trained):
+    module = TokenizerModule(
+        MODEL, OPTIMIZER, ctc_weight=0.7, commitment_weight=0.2, unmasked_weight=0.4
+    ).eval()
+    figures = module.losses(tones(0), torch.rand(4, 25))
+    expected = figures["mlm_loss"] + 0.7 * figures["ctc_loss"] + 0.2 * figures["commitment"]
+    torch.testing.assert_close(figures["loss"], expected + 0.4 * figures["unmasked_loss"])
+
+
+def test_validation_draws_the_same_masks_every_time(trained):
+    module = trained[0].eval()
+    numbers = [
+        module.mask_numbers(torch.zeros(2, 6_400), torch.Generator().manual_seed(1))
+        for _ in range(2)
+    ]
+    assert torch.equal(*numbers) and numbers[0].shape == (2, 10)
+
+
+def test_perplexity_is_that_of_the_whole_validation_set(trained):
+    module = trained[0].eval()
+    module.on_validation_epoch_start()
+    expected = torch.zeros(32)
+    with torch.no_grad():
+        for index in range(3):
+            batch = tones(1000 + index)
+            numbers = module.mask_numbers(
+                batch["audio"], torch.Generator().manual_seed(module.seed + index)
+            )
+            output = module.model(batch["audio"], batch["audio_length"], numbers)
+            seen = output.valid_BT & ~output.mask_BT
+            expected += torch.bincount(output.units_BT[seen], minlength=32)
+    share = expected / expected.sum()
+    entropy = -torch.xlogy(share, share).sum()
+    assert trained[2]["val/unit_perplexity"] == pytest.approx(entropy.exp().item(), rel=0.02)
+
+
+def test_a_model_without_text_head_ignores_transcripts():
+    module = TokenizerModule({**MODEL, "text_vocab_size": 0}, OPTIMIZER).eval()
+    figures = module.losses(tones(0), torch.rand(4, 25))
+    assert "ctc_loss" not in figures and torch.isfinite(figures["loss"])
+
+
+def test_the_checkpoint_holds_plain_containers_and_the_frozen_targets(trained):
+    module = trained[0]
+    assert module.hparams["model"] == MODEL
+    names = set(module.state_dict())
+    assert {"model.targets.projection_QPC", "model.quantizer.codebook_VC"} <= names
+    assert "unit_counts_V" not in names
+
+
+def test_training_steps_run_with_shapes_alone():
+    """No value is read back on the way to the loss: the meta device has none to give."""
+    with torch.device("meta"):
+        module = TokenizerModule(MODEL, OPTIMIZER).train()
+    features = torch.empty(4, 100, 20, device="meta")
+    module.model.log_mel.forward = lambda _: features
+    batch = {name: value.to("meta") for name, value in tones(0).items()}
+    del batch["text"]  # torch's own CTC reads its lengths
+    module.model.text_head = None
+    figures = module.losses(batch, torch.empty(4, 25, device="meta"))
+    figures["loss"].backward()
+    assert figures["loss"].shape == ()
