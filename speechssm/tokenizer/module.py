@@ -1,6 +1,7 @@
 """Training of the semantic tokenizer: masked prediction, CTC where there is text, commitment.
 
-Shapes: B batch, S samples, T time (25 Hz), L text length, V unit vocabulary.
+Shapes: B batch, S samples, T time (25 Hz), L text length, V unit vocabulary, Q target codebooks,
+K codes in each.
 """
 
 from typing import Any
@@ -48,9 +49,12 @@ class TokenizerModule(lightning.LightningModule):
         self.seed = seed
         self.optimizer_config = optimizer
         self.register_buffer("unit_counts_V", torch.zeros(self.model.vocab_size), persistent=False)
+        target_counts_QK = torch.zeros(self.model.targets.codebook_QKC.shape[:2])
+        self.register_buffer("target_counts_QK", target_counts_QK, persistent=False)
 
     def losses(self, batch: dict[str, Tensor], uniform_BT: Tensor) -> dict[str, Tensor]:
-        """All figures of one batch; `loss` is what is minimised, `unit_counts` a histogram [V]."""
+        """All figures of one batch; `loss` is what is minimised; histograms of the units seen [V]
+        and of the targets to predict [Q, K]."""
         output = self.model(batch["audio"], batch["audio_length"], uniform_BT)
         seen_BT = output.valid_BT & ~output.mask_BT
         loss_BT, correct_BT = prediction_loss(output.logits_BTQK, output.targets_BTQ)
@@ -73,6 +77,12 @@ class TokenizerModule(lightning.LightningModule):
                 batch["text_length"],
             )
             loss = loss + self.ctc_weight * figures["ctc_loss"]
+        figures["target_counts"] = torch.stack(
+            [
+                histogram(targets_BT, output.mask_BT, self.target_counts_QK.shape[1])
+                for targets_BT in output.targets_BTQ.unbind(-1)
+            ]
+        )
         figures["unit_counts"] = histogram(output.units_BT, seen_BT, self.model.vocab_size)
         return {"loss": loss, **figures}
 
@@ -86,17 +96,20 @@ class TokenizerModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         figures = self.losses(batch, self.mask_numbers(batch["audio"], None))
         figures["unit_perplexity"] = perplexity(figures.pop("unit_counts").detach())
+        del figures["target_counts"]
         self.log("train/loss", figures["loss"], prog_bar=True)
         self.log_dict({f"train/{k}": v for k, v in figures.items() if k != "loss"})
         return figures["loss"]
 
     def on_validation_epoch_start(self) -> None:
         self.unit_counts_V.zero_()
+        self.target_counts_QK.zero_()
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         generator = torch.Generator("cpu").manual_seed(self.seed + batch_index)
         figures = self.losses(batch, self.mask_numbers(batch["audio"], generator))
         self.unit_counts_V += figures.pop("unit_counts")
+        self.target_counts_QK += figures.pop("target_counts")
         self.log_dict(
             {f"val/{k}": v for k, v in figures.items()},
             batch_size=len(batch["audio"]),
@@ -106,6 +119,10 @@ class TokenizerModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         counts_V = sum_over_ranks(self.unit_counts_V.clone())
         self.log("val/unit_perplexity", perplexity(counts_V), prog_bar=True)
+        # What a predictor would reach that knows how often each target occurs, and nothing else.
+        counts_QK = sum_over_ranks(self.target_counts_QK.clone())
+        unigram = torch.stack([perplexity(counts_K).log() for counts_K in counts_QK]).mean()
+        self.log("val/mlm_unigram_loss", unigram)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer, scheduler = build_optimizer(

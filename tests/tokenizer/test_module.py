@@ -93,12 +93,15 @@ def test_losses_are_the_recorded_ones(trained):
 def test_every_figure_is_logged(trained):
     parts = {"loss", "mlm_loss", "mlm_accuracy", "unmasked_loss", "ctc_loss", "commitment"}
     names = {f"{split}/{part}" for split in ("train", "val") for part in parts}
-    assert names | {"train/unit_perplexity", "val/unit_perplexity"} <= set(trained[2])
+    assert names | {"train/unit_perplexity", "val/unit_perplexity", "val/mlm_unigram_loss"} <= set(
+        trained[2]
+    )
 
 
 def test_training_predicts_masked_notes_and_keeps_the_codebook_in_use(trained):
     figures = trained[2]
     uniform = torch.log(torch.tensor(16.0)).item()
+    assert figures["val/mlm_loss"] < figures["val/mlm_unigram_loss"] - 0.3 < uniform - 0.3
     assert figures["val/mlm_loss"] < uniform - 0.8
     assert figures["val/unit_perplexity"] > 8
 
