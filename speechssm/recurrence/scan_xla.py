@@ -27,8 +27,10 @@ def _step_with_decay(state_and_decay, gate_and_input):
     return (state, decay), (state.clone(), decay.clone())
 
 
-def scan(gate_BTD: torch.Tensor, input_BTD: torch.Tensor, initial_BD: torch.Tensor) -> torch.Tensor:
-    """States of the recurrence, differentiated by torch_xla's own rule for `scan`."""
+def states_forward(
+    gate_BTD: torch.Tensor, input_BTD: torch.Tensor, initial_BD: torch.Tensor
+) -> torch.Tensor:
+    """States of the recurrence, without autograd."""
     from torch_xla.experimental.scan import scan as xla_scan
 
     batch, length, width = gate_BTD.shape
@@ -54,3 +56,34 @@ def scan(gate_BTD: torch.Tensor, input_BTD: torch.Tensor, initial_BD: torch.Tens
     start_NBD = torch.cat([initial_BD.unsqueeze(0), last_NBD[:-1]])
     states_CNBD = local_CNBD + decay_CNBD * start_NBD
     return states_CNBD.permute(2, 1, 0, 3).reshape(batch, chunks * chunk, width)[:, :length]
+
+
+class XlaScan(torch.autograd.Function):
+    """The scan with its adjoint, which is the same recurrence run backwards in time.
+
+    torch_xla has a rule of its own for `scan`; over several devices of one process that needs jax,
+    and it keeps the carry of every position.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_BTD, input_BTD, initial_BD):
+        states_BTD = states_forward(gate_BTD, input_BTD, initial_BD)
+        ctx.save_for_backward(gate_BTD, states_BTD, initial_BD)
+        return states_BTD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient_BTD):
+        gate_BTD, states_BTD, initial_BD = ctx.saved_tensors
+        # adjoint_t = gradient_t + gate_{t+1} * adjoint_{t+1}
+        next_gate_BTD = torch.nn.functional.pad(gate_BTD[:, 1:], (0, 0, 0, 1))
+        adjoint_BTD = states_forward(
+            next_gate_BTD.flip(1), gradient_BTD.flip(1), torch.zeros_like(initial_BD)
+        ).flip(1)
+        previous_BTD = torch.cat([initial_BD.unsqueeze(1), states_BTD[:, :-1]], 1)
+        return adjoint_BTD * previous_BTD, adjoint_BTD, adjoint_BTD[:, 0] * gate_BTD[:, 0]
+
+
+def scan(gate_BTD: torch.Tensor, input_BTD: torch.Tensor, initial_BD: torch.Tensor) -> torch.Tensor:
+    """States of the recurrence, differentiable with respect to all three arguments."""
+    return XlaScan.apply(gate_BTD, input_BTD, initial_BD)

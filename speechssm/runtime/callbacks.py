@@ -95,11 +95,11 @@ class NaNGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         for name, value in checkpoint.get("state_dict", {}).items():
-            if (
-                isinstance(value, torch.Tensor)
-                and value.is_floating_point()
-                and not bool(torch.isfinite(value).all())
-            ):
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            if value.device.type == "xla":  # where each shape would be a graph to compile
+                value = value.cpu()
+            if not bool(torch.isfinite(value).all()):
                 raise DivergedError(self.message(trainer, f"weight {name}", math.nan))
 
     @staticmethod

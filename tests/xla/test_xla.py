@@ -148,6 +148,34 @@ def test_bfloat16_is_what_it_says(
     assert run.column("train/loss")[0] == pytest.approx(cpu.column("train/loss")[0], abs=0.1)
 
 
+SCAN = """
+import torch, torch_xla
+from speechssm.recurrence.scan import linear_scan
+
+device = torch_xla.device()
+torch.manual_seed(0)
+for batch, length, width in ((2, 2, 3), (2, 36, 16), (1, 750, 24), (1, 5760, 8)):
+    gate, value, weight = (torch.rand(batch, length, width) for _ in range(3))
+    initial, reset = torch.rand(batch, width), torch.rand(batch, length) < 0.02
+    results = []
+    for place, backend in ((device, None), ("cpu", "chunked")):
+        leaves = [x.to(place).detach().requires_grad_() for x in (gate, value, initial)]
+        states, last = linear_scan(*leaves, reset.to(place), backend=backend)
+        ((states * weight.to(place)).sum() + last.sum()).backward()
+        results.append([states, last, *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), atol=1e-4, rtol=1e-4)
+"""
+
+
+def test_the_xla_scan_and_its_gradients_equal_the_cpu_ones_for_any_length() -> None:
+    environment = os.environ | {"PJRT_DEVICE": "CPU"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCAN], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_devices_of_one_process_give_the_losses_of_one(
     unit_shards: Path, cpu: Run, tmp_path: Path
 ) -> None:
