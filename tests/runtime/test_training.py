@@ -8,17 +8,20 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import WandbLogger
 
 from speechssm.configuration import compose
 from speechssm.errors import CheckpointError, ConfigError
 from speechssm.report.rows import read_rows
 from speechssm.runtime.callbacks import DivergedError, StepSeeds
-from speechssm.runtime.training import build_trainer, train
+from speechssm.runtime.run_folder import RunFolder, plain_config
+from speechssm.runtime.training import build_loggers, build_trainer, train
 
 CHECKPOINT_EVERY = 7
 EPOCH = 10
@@ -264,3 +267,30 @@ def test_a_trainer_can_be_pickled_for_launchers_that_start_processes(
     datamodule = instantiate(config["data"])
     for part in (trainer, datamodule):
         assert type(pickle.loads(pickle.dumps(part))) is type(part)
+
+
+def test_every_job_of_a_sweep_is_a_wandb_run_of_its_own_in_one_group(
+    unit_shards: Path, tmp_path: Path
+) -> None:
+    runs = []
+    for name in ("one", "two"):
+        words = ["sweep=lengths", f"name=lengths/{name}", "logger=wandb"]
+        config = plain_config(compose("train", overrides(unit_shards, tmp_path / name, *words)))
+        loggers = build_loggers(config, RunFolder(tmp_path / name))
+        (logger,) = (entry for entry in loggers if isinstance(entry, WandbLogger))
+        assert logger._offline
+        runs.append(logger._wandb_init)
+    assert [run["group"] for run in runs] == ["lengths", "lengths"]
+    assert [run["name"] for run in runs] == ["lengths/one", "lengths/two"]
+    assert runs[0]["id"] != runs[1]["id"]
+
+
+def test_the_wandb_run_is_closed_also_when_a_training_fails(
+    unit_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = []
+    wandb = SimpleNamespace(run=object(), finish=lambda: finished.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ConfigError):
+        run(unit_shards, tmp_path / "fails", "optimizer.schedule=linear")
+    assert finished
