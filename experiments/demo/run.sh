@@ -45,6 +45,16 @@ run speechssm generate seconds=120 out="$FOLDER/continuation.wav" seed="$SEED" \
     soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream"
 
 say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
+run speechssm evaluate tokenizer data="$FOLDER/units" tokenizer="$FOLDER/tokenizer" \
+    out="$FOLDER/evaluation/tokenizer"
+run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
+    out="$FOLDER/evaluation/codec"
+run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$FOLDER/soundstorm" \
+    out="$FOLDER/evaluation/acoustic"
+run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
+    out="$FOLDER/evaluation/likelihood"
+run speechssm bench pipeline tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
+    soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream" out="$FOLDER/bench/pipeline"
 
 say "10/10 report: one page with the table, the curves and the sound"
 run speechssm report folder="$FOLDER"
