@@ -59,6 +59,7 @@ def acoustic():
         unit_vocab_size=UNITS, codebook_size=16, num_quantizers=2, width=16, num_layers=1,
         num_heads=2, ffn_width=16, conv_kernel=3,
     ).eval()  # fmt: skip
+    torch.nn.init.normal_(soundstorm.head_weight_QCD)  # they start at zero
     codec = SoundStream(
         channels=(2, 2, 2, 2, 2), code_width=4, num_quantizers=2, codebook_size=16, dilations=(1,)
     ).eval()

@@ -69,14 +69,19 @@ class SoundStorm(nn.Module):
         )
         self.head_weight_QCD = nn.Parameter(torch.empty(num_quantizers, codebook_size, width))
         self.head_bias_QC = nn.Parameter(torch.empty(num_quantizers, codebook_size))
+        # How often each code was seen in training. Whole numbers: no precision setting rounds them.
+        self.register_buffer(
+            "code_count_QC", torch.zeros(num_quantizers, codebook_size, dtype=torch.int64)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The summed input has unit variance; the heads start near the uniform distribution."""
-        deviation = (self.num_quantizers + 1) ** -0.5
-        nn.init.normal_(self.unit_embedding.weight, std=deviation)
-        nn.init.normal_(self.level_embedding_QCD, std=deviation)
-        nn.init.normal_(self.head_weight_QCD, std=0.02)
+        """Heads start at zero: what a new model predicts is the codes' frequencies."""
+        # Units and codes enter with equal weight: one unit among Q + 1 embeddings of one size would
+        # hardly be heard, and what is said is learned from units first.
+        nn.init.normal_(self.unit_embedding.weight)
+        nn.init.normal_(self.level_embedding_QCD, std=self.num_quantizers**-0.5)
+        nn.init.zeros_(self.head_weight_QCD)
         nn.init.zeros_(self.head_bias_QC)
 
     @property
@@ -121,6 +126,19 @@ class SoundStorm(nn.Module):
             )
         return self.conformer(x_BTD, valid_BT)
 
+    def count_codes(self, codes_BQT: torch.Tensor, valid_BT: torch.Tensor) -> None:
+        """Adds a training batch to the frequencies that `logits` starts from.
+
+        A level's head learns from one row in Q and only from masked tokens; how frequent its codes
+        are is known from all of them, so the head need not spend its examples on that.
+        """
+        levels, codes = self.code_count_QC.shape
+        offset_Q1 = torch.arange(levels, device=codes_BQT.device)[:, None] * codes
+        seen_BQT = valid_BT[:, None].expand_as(codes_BQT).to(self.code_count_QC.dtype)
+        self.code_count_QC.view(-1).index_add_(
+            0, (codes_BQT + offset_Q1).flatten(), seen_BQT.flatten()
+        )
+
     def logits(self, hidden_BTD: torch.Tensor, level: int | torch.Tensor) -> torch.Tensor:
         """Predictions of one level: the other heads are not computed.
 
@@ -129,12 +147,13 @@ class SoundStorm(nn.Module):
             level: 0-based, one int for all rows or int64 [B] with one level per row.
 
         Returns:
-            logits_BTC, float.
+            logits_BTC, float: the head's output + log frequency of each code in training.
         """
+        count_QC = self.code_count_QC.float() + 1
+        frequency_QC = count_QC / count_QC.sum(-1, keepdim=True)
+        bias_QC = self.head_bias_QC + frequency_QC.log().to(self.head_bias_QC.dtype)
         if isinstance(level, int):
-            return functional.linear(
-                hidden_BTD, self.head_weight_QCD[level], self.head_bias_QC[level]
-            )
+            return functional.linear(hidden_BTD, self.head_weight_QCD[level], bias_QC[level])
         weight_BCD = self.head_weight_QCD.index_select(0, level)
-        bias_BC = self.head_bias_QC.index_select(0, level)
+        bias_BC = bias_QC.index_select(0, level)
         return torch.baddbmm(bias_BC[:, None], hidden_BTD, weight_BCD.transpose(1, 2))

@@ -38,6 +38,8 @@ class SoundStormModule(lightning.LightningModule):
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         codes_BQT, length_B = batch["codes"], batch["length"]
         rows, levels, frames = codes_BQT.shape
+        valid_BT = torch.arange(frames, device=codes_BQT.device) < length_B[:, None]
+        self.model.count_codes(codes_BQT, valid_BT)
         mask = training_mask(draw(rows, frames, device=codes_BQT.device), length_B, levels)
         score = masked_score(self.model, codes_BQT, batch["units"], length_B, mask)
         tokens = score.tokens_B.sum()
