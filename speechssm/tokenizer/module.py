@@ -54,7 +54,7 @@ class TokenizerModule(lightning.LightningModule):
 
     def losses(self, batch: dict[str, Tensor], uniform_BT: Tensor) -> dict[str, Tensor]:
         """All figures of one batch; `loss` is what is minimised; histograms of the units seen [V]
-        and of the targets to predict [Q, K]."""
+        and of the targets at all valid frames [Q, K]."""
         output = self.model(batch["audio"], batch["audio_length"], uniform_BT)
         seen_BT = output.valid_BT & ~output.mask_BT
         loss_BT, correct_BT = prediction_loss(output.logits_BTQK, output.targets_BTQ)
@@ -79,7 +79,7 @@ class TokenizerModule(lightning.LightningModule):
             loss = loss + self.ctc_weight * figures["ctc_loss"]
         figures["target_counts"] = torch.stack(
             [
-                histogram(targets_BT, output.mask_BT, self.target_counts_QK.shape[1])
+                histogram(targets_BT, output.valid_BT, self.target_counts_QK.shape[1])
                 for targets_BT in output.targets_BTQ.unbind(-1)
             ]
         )
