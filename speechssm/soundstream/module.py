@@ -176,13 +176,14 @@ class SoundStreamModule(lightning.LightningModule):
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> None:
         audio_BS = self._whole_frames(batch["audio"])
         reconstruction_BS, _, commitment = self.model(audio_BS)
-        reconstruction = self.mel_loss(audio_BS, reconstruction_BS)
-        loss = self.weights["reconstruction"] * reconstruction
         figures = {
-            "val/loss": loss + self.weights["commitment"] * commitment,
-            "val/reconstruction": reconstruction,
-            "val/commitment": commitment,
+            "reconstruction": self.mel_loss(audio_BS, reconstruction_BS),
+            "waveform": (audio_BS - reconstruction_BS).abs().mean(),
         }
+        # What is heard. The commitment grows with the encoder's scale and says nothing about that.
+        loss = sum(self.weights[name] * value for name, value in figures.items())
+        figures = {"loss": loss, **figures, "commitment": commitment}
+        figures = {f"val/{name}": value for name, value in figures.items()}
         self.log_dict(figures, batch_size=len(audio_BS), sync_dist=True)
 
     @torch.no_grad()
