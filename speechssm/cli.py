@@ -204,7 +204,7 @@ def encode(config: dict[str, Any]) -> None:
     from speechssm.loading import load
 
     codec = load("soundstream", config["codec"], device=config["device"])
-    keys = ("index", "count", "max_shards", "max_seconds", "progress")
+    keys = ("index", "count", "max_shards", "max_seconds", "max_document_seconds", "progress")
     options = {key: config[key] for key in keys}
     encode_shards(config["data"], config["units"], config["out"], codec, **options)
 
