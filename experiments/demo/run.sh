@@ -12,50 +12,56 @@ started=$SECONDS
 say() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
 run() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
 
-say "1/10 prepare: cut the embedded recordings into audio shards, documents kept whole and in order"
-run speechssm prepare corpus=sample out="$FOLDER/audio"
-run speechssm prepare sentencepiece data="$FOLDER/audio" out="$FOLDER/sentencepiece"
+main() {
+    say "1/10 prepare: cut the embedded recordings into audio shards, documents kept whole and in order"
+    run speechssm prepare corpus=sample out="$FOLDER/audio"
+    run speechssm prepare sentencepiece data="$FOLDER/audio" out="$FOLDER/sentencepiece"
 
-say "2/10 tokenizer: learn 25 units per second that keep what is said (masked prediction + recognition)"
-run speechssm train stage=tokenizer name=demo/tokenizer run_folder="$FOLDER/tokenizer" seed="$SEED" \
-    data.folder="$FOLDER/audio" data.text_model="$FOLDER/sentencepiece/text.model"
+    say "2/10 tokenizer: learn 25 units per second that keep what is said (masked prediction + recognition)"
+    run speechssm train stage=tokenizer name=demo/tokenizer run_folder="$FOLDER/tokenizer" seed="$SEED" \
+        data.folder="$FOLDER/audio" data.text_model="$FOLDER/sentencepiece/text.model"
 
-say "3/10 tokenize: turn every recording into units, in 30 s windows that overlap by 4 s"
-run speechssm tokenize data="$FOLDER/audio" tokenizer="$FOLDER/tokenizer" out="$FOLDER/units"
+    say "3/10 tokenize: turn every recording into units, in 30 s windows that overlap by 4 s"
+    run speechssm tokenize data="$FOLDER/audio" tokenizer="$FOLDER/tokenizer" out="$FOLDER/units"
 
-say "4/10 codec: learn to write 16 kHz sound as 50 code frames a second, and to play them back"
-run speechssm train stage=soundstream name=demo/soundstream run_folder="$FOLDER/soundstream" \
-    seed="$SEED" data.folder="$FOLDER/audio"
+    say "4/10 codec: learn to write 16 kHz sound as 50 code frames a second, and to play them back"
+    run speechssm train stage=soundstream name=demo/soundstream run_folder="$FOLDER/soundstream" \
+        seed="$SEED" data.folder="$FOLDER/audio"
 
-say "5/10 encode: write codes and units side by side, for the acoustic model to learn from"
-run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$FOLDER/soundstream" \
-    out="$FOLDER/codes"
+    say "5/10 encode: write codes and units side by side, for the acoustic model to learn from
+         (in this demo the first 90 s of each recording)"
+    run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$FOLDER/soundstream" \
+        out="$FOLDER/codes" max_document_seconds=90
 
-say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice"
-run speechssm train stage=soundstorm name=demo/soundstorm run_folder="$FOLDER/soundstorm" \
-    seed="$SEED" data.folder="$FOLDER/codes"
+    say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice"
+    run speechssm train stage=soundstorm name=demo/soundstorm run_folder="$FOLDER/soundstorm" \
+        seed="$SEED" data.folder="$FOLDER/codes"
 
-say "7/10 sweep: the paper's question in miniature, one language model for 30 s, 4 min and 16 min"
-run speechssm train -m experiment=sequence_length sweep_folder="$FOLDER/sequence_length" \
-    seed="$SEED" data.folder="$FOLDER/units"
+    say "7/10 sweep: the paper's question in miniature, one language model for 30 s, 4 min and 16 min"
+    run speechssm train -m experiment=sequence_length sweep_folder="$FOLDER/sequence_length" \
+        seed="$SEED" data.folder="$FOLDER/units"
 
-say "8/10 generate: two minutes of speech out of a state of fixed size, heard while it is made"
-run speechssm generate seconds=120 out="$FOLDER/continuation.wav" seed="$SEED" \
-    tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
-    soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream"
+    say "8/10 generate: two minutes of speech out of a state of fixed size, heard while it is made"
+    run speechssm generate seconds=120 out="$FOLDER/continuation.wav" seed="$SEED" \
+        tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
+        soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream"
 
-say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
-run speechssm evaluate tokenizer data="$FOLDER/units" tokenizer="$FOLDER/tokenizer" \
-    out="$FOLDER/evaluation/tokenizer"
-run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
-    out="$FOLDER/evaluation/codec"
-run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$FOLDER/soundstorm" \
-    out="$FOLDER/evaluation/acoustic"
-run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
-    out="$FOLDER/evaluation/likelihood"
-run speechssm bench pipeline tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
-    soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream" out="$FOLDER/bench/pipeline"
+    say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
+    run speechssm evaluate tokenizer data="$FOLDER/units" tokenizer="$FOLDER/tokenizer" \
+        out="$FOLDER/evaluation/tokenizer"
+    run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
+        out="$FOLDER/evaluation/codec"
+    run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$FOLDER/soundstorm" \
+        out="$FOLDER/evaluation/acoustic"
+    run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
+        out="$FOLDER/evaluation/likelihood"
+    run speechssm bench pipeline tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
+        soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream" out="$FOLDER/bench/pipeline"
 
-say "10/10 report: one page with the table, the curves and the sound"
-run speechssm report folder="$FOLDER"
-say "done: open $FOLDER/report/index.html, listen to $FOLDER/continuation.wav"
+    say "10/10 report: one page with the table, the curves and the sound"
+    run speechssm report folder="$FOLDER"
+    run python experiments/demo/check.py "$FOLDER/metrics.json"
+    say "done: open $FOLDER/report/index.html, listen to $FOLDER/continuation.wav"
+}
+
+main
