@@ -294,3 +294,42 @@ def test_the_wandb_run_is_closed_also_when_a_training_fails(
     with pytest.raises(ConfigError):
         run(unit_shards, tmp_path / "fails", "optimizer.schedule=linear")
     assert finished
+
+
+class PowerCut(L.Callback):
+    """Fails before step 3."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 3:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "soundstream", "soundstorm"])
+def test_the_other_stages_resume_to_the_same_weights_too(
+    stage: str, audio_shards: Path, code_shards: Path, tmp_path: Path
+) -> None:
+    sys.modules["tests_runtime_fault"] = sys.modules[__name__]
+    data = code_shards if stage == "soundstorm" else audio_shards
+
+    def run_stage(name: str, *more: str) -> None:
+        words = [
+            f"stage={stage}",
+            "logger=csv",
+            f"data.folder={data}",
+            f"run_folder={tmp_path / name}",
+            "data.seconds=1",
+            "data.batch_size=2",
+            "data.val_batches=1",
+            "data.num_workers=0",
+            "trainer.max_steps=4",
+            "trainer.limit_train_batches=3",
+            "callbacks.last.every_n_train_steps=2",
+            "~callbacks.progress",
+        ]
+        train(compose("train", [*words, *more]))
+
+    run_stage("straight")
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_stage("cut", "+callbacks.cut._target_=tests_runtime_fault.PowerCut")
+    run_stage("cut")
+    assert_same_weights(tmp_path / "cut", tmp_path / "straight")
