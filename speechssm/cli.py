@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from speechssm import __version__
-from speechssm.errors import SpeechSSMError
+from speechssm.errors import ConfigError, SpeechSSMError
 
 VERBS = {
     "prepare": "audio shards of a corpus; `prepare sentencepiece` fits a text model",
@@ -223,6 +223,9 @@ def generate(config: dict[str, Any]) -> None:
         "soundstorm": "soundstorm",
         "codec": "soundstream",
     }
+    for key in ("prompt", "voice"):
+        if config.get(key) and Path(config[key]).resolve() == Path(config["out"]).resolve():
+            raise ConfigError(f"out={config['out']} would overwrite the {key}; choose another out=")
     audio, rate = read_audio(config["prompt"]) if config.get("prompt") else (None, None)
     if config.get("voice"):
         options["voice"] = read_audio(config["voice"])

@@ -163,3 +163,13 @@ def test_every_command_works_from_any_folder_and_answers_fast_without_torch(
     assert "python train.py -m experiment=sequence_length" in done.stdout
     assert "model: " in done.stdout and "trainer: " in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_generate_never_writes_over_its_prompt(tmp_path, capsys):
+    prompt = tmp_path / "voice.wav"
+    prompt.write_bytes(b"a recording")
+    models = [f"{key}=none" for key in ("tokenizer", "lm", "soundstorm", "codec")]
+    status = main(["generate", f"prompt={prompt}", f"out={prompt}", "seconds=1", *models])
+    assert status == 1
+    assert "would overwrite the prompt" in capsys.readouterr().err
+    assert prompt.read_bytes() == b"a recording"

@@ -39,10 +39,16 @@ main() {
 
     say "7/10 sweep: the paper's question in miniature, one language model for 30 s, 4 min and 16 min"
     run speechssm train -m experiment=sequence_length sweep_folder="$FOLDER/sequence_length" \
-        seed="$SEED" data.folder="$FOLDER/units"
+        seed="$SEED" data.folder="$FOLDER/units" \
+        callbacks.audio_samples.tokenizer="$FOLDER/tokenizer" \
+        callbacks.audio_samples.soundstorm="$FOLDER/soundstorm" \
+        callbacks.audio_samples.codec="$FOLDER/soundstream"
 
-    say "8/10 generate: two minutes of speech out of a state of fixed size, heard while it is made"
-    run speechssm generate seconds=120 out="$FOLDER/continuation.wav" seed="$SEED" \
+    say "8/10 generate: continue 10 s of a held-out reader for two minutes, in a state of fixed size"
+    run python -c "import soundfile as s; s.write('$FOLDER/prompt.wav', \
+*s.read('data/sample/heldout/2078-142845.opus', frames=160000))"
+    run speechssm generate prompt="$FOLDER/prompt.wav" seconds=120 seed="$SEED" \
+        out="$FOLDER/continuation.wav" \
         tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
         soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream"
 

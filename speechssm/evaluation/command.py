@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from speechssm.errors import ConfigError
+from speechssm.data.shards import read_index
+from speechssm.errors import ConfigError, FingerprintError
 from speechssm.loading import find, load
 from speechssm.report.gather import Run, find_runs, is_run, read_run, run_labels
 from speechssm.report.rows import Row
@@ -36,6 +37,9 @@ def evaluate_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> li
 
     tokenizer = config.get("tokenizer")
     details = run_details("tokenizer", tokenizer) if tokenizer else {}
+    if tokenizer:
+        model = load("tokenizer", tokenizer, device=device_of(config))
+        check_tokens("tokenizer", {"tokenizer_fingerprint": model.fingerprint}, config["data"])
     options.pop("seed")  # nothing is drawn
     return evaluate_tokenizer(config["data"], config["out"], details=details, **options)
 
@@ -55,6 +59,7 @@ def evaluate_acoustic(config: Mapping[str, Any], options: dict[str, Any]) -> lis
 
     path = named_model(config, "soundstorm")
     model = load("soundstorm", path, device=device_of(config))
+    check_tokens("soundstorm", model.trained_on, config["data"])
     return evaluate_acoustic(
         model, config["data"], config["out"], details=run_details("soundstorm", path), **options
     )
@@ -80,7 +85,29 @@ def evaluate_likelihood(config: Mapping[str, Any], options: dict[str, Any]) -> l
             )
     else:
         candidates[path.name] = Candidate(load("lm", str(path), device=device_of(config)))
+    for label, candidate in candidates.items():
+        check_tokens(f"lm {label}", candidate.model.trained_on, config["data"])
     return evaluate_likelihood(candidates, config["data"], config["out"], **options)
+
+
+def check_tokens(name: str, fingerprints: Mapping[str, str], data: str | Path) -> None:
+    """Raises FingerprintError unless the shards were made by the models that `name` knows.
+
+    Args:
+        name: of what is measured, for the message.
+        fingerprints: `tokenizer_fingerprint`, `codec_fingerprint`; those that are not given, as
+            with weights from elsewhere, are not checked.
+        data: a shard folder with `train/` and `heldout/`.
+    """
+    for split in ("train", "heldout"):
+        metadata = read_index(Path(data) / split).metadata
+        for key, expected in fingerprints.items():
+            found = metadata.get(key)
+            if expected is not None and found is not None and found != expected:
+                raise FingerprintError(
+                    f"{Path(data) / split} has {key} {found[:12]}, but {name} has "
+                    f"{expected[:12]}; give the shards made by that model"
+                )
 
 
 def named_model(config: Mapping[str, Any], key: str) -> str:

@@ -7,7 +7,8 @@ import pytest
 from speechssm.benchmark import command as bench_command
 from speechssm.benchmark.pipeline import run_pipeline
 from speechssm.configuration import compose
-from speechssm.errors import CheckpointError, ConfigError
+from speechssm.data.shards import read_index
+from speechssm.errors import CheckpointError, ConfigError, FingerprintError
 from speechssm.evaluation import command
 from speechssm.evaluation.acoustic import evaluate_acoustic
 from speechssm.evaluation.codec import evaluate_codec
@@ -41,6 +42,14 @@ def test_a_subject_runs_from_its_config(unit_shards, tmp_path):
     )
     command.evaluate(config)
     assert read_rows(tmp_path / "out" / "metrics.json")[0].name == "unit_perplexity"
+
+
+def test_shards_of_another_tokenizer_are_refused(unit_shards):
+    right = read_index(unit_shards / "train").metadata["tokenizer_fingerprint"]
+    command.check_tokens("lm 30s", {"tokenizer_fingerprint": right}, unit_shards)
+    command.check_tokens("weights from elsewhere", {}, unit_shards)
+    with pytest.raises(FingerprintError, match="lm 30s has ffffffffffff; give the shards"):
+        command.check_tokens("lm 30s", {"tokenizer_fingerprint": "f" * 64}, unit_shards)
 
 
 @pytest.mark.parametrize(
