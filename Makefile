@@ -31,6 +31,7 @@ test: $(VENV)/.ready ## run the tests on two processes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 test-xla: $(VENV_XLA)/.ready ## train under real torch_xla on the PJRT CPU device
+	$(VENV_XLA)/bin/python -c "import torch_xla"  # without it the tests would only be skipped
 	PJRT_DEVICE=CPU $(VENV_XLA)/bin/python -m pytest -q tests/xla
 
 lint: $(VENV)/.ready ## ruff, lint and format

@@ -98,6 +98,8 @@ def generate(
         not fit. All of these before the first chunk is asked for.
     """
     check_models(tokenizer, lm, soundstorm, codec)
+    if seed < 0:
+        raise ConfigError(f"seed={seed}: 0 or more")
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError(f"seconds={seconds}: give the length of the continuation, above 0")
     prompt_units = None

@@ -255,6 +255,11 @@ def test_impossible_lengths_are_refused(models, seconds):
         generate(speech(3), RATE, seconds, 0, **models)
 
 
+def test_a_negative_seed_is_refused_before_anything_is_made(models):
+    with pytest.raises(ConfigError, match="seed=-1"):
+        generate(speech(3), RATE, 1.0, -1, **models)
+
+
 def test_the_file_and_its_units_are_what_was_generated(models, tmp_path):
     audio, units = join(generate(speech(3), RATE, 1.0, 0, **models))
     models["lm"].fed.clear()

@@ -26,10 +26,10 @@ from speechssm.report.style import save_figure
 
 KIB, MIB = 1024.0, 1024.0**2
 LEAST_WINDOWS = 50
-# A slope that is certainly below the first is called none: a quarter page of memory per window,
-# less than 200 KiB in an hour of speech in 30 s windows. An interval that reaches the second says
-# nothing.
-NEGLIGIBLE_KIB, WIDEST_KIB = 1.0, 64.0
+# A slope that is certainly below the first is called none: keeping the units of one of the bench's
+# short windows (40 int64 and their array) would already take 0.4 KiB. An interval that reaches the
+# second says nothing.
+NEGLIGIBLE_KIB, WIDEST_KIB = 0.25, 64.0
 WARM_UP_WINDOWS = 10
 
 
@@ -200,8 +200,8 @@ def memory_rows(
 def no_growth(slope: Slope) -> bool:
     """True where memory is shown not to grow. `slope` in KiB per window.
 
-    Either the whole interval is below 1 KiB, or it holds zero and is narrow enough to say
-    something: its upper end is below 64 KiB, 10 MiB in an hour of speech in 30 s windows.
+    Either the whole interval is below NEGLIGIBLE_KIB, or it holds zero and is narrow enough to
+    say something: its upper end is below WIDEST_KIB.
     """
     return slope.high < NEGLIGIBLE_KIB or (slope.low <= 0 and slope.high < WIDEST_KIB)
 

@@ -186,7 +186,9 @@ def baselines_section(folder: Folder) -> Section:
                 comparisons,
                 "Margins are positive where ours is better. In brackets: 95% bootstrap interval "
                 "over documents, paired; the margin must reach what is needed and its interval "
-                "must lie above zero. Memory is compared with no growth at all.",
+                "must lie above zero. Memory holds where its growth is certainly less than one "
+                "window's units take. Perplexity says only that the units have not collapsed: an untrained "
+                "tokenizer has a higher one.",
             ),
         ]
     for name in ("unit_perplexity", "log_mel_distance", "nats_per_code", "nats_per_unit"):
@@ -273,7 +275,8 @@ def curve_blocks(runs: Mapping[str, Run], name: str) -> list[Block]:
                 f"{name}-loss",
                 loss_figure(losses, rates),
                 "Loss: solid on training batches (running mean over the faint values), dashed on "
-                "held-out batches.",
+                "held-out batches of the run's own sequence length (to compare models, see what "
+                "was measured on the same held-out documents).",
                 f"Loss against training steps. {ends}.",
             )
         )

@@ -58,6 +58,12 @@ def test_a_leak_of_small_objects_is_found(monkeypatch):
     assert slopes["python_blocks"].value == pytest.approx(101, abs=10)
 
 
+def test_keeping_a_windows_units_is_found(monkeypatch):
+    slopes = readings_of(monkeypatch, lambda index: np.zeros(40, dtype=np.int64))
+    if "allocated" in slopes:
+        assert not no_growth(slopes["allocated"])
+
+
 def test_what_is_freed_is_no_leak(monkeypatch):
     slopes = readings_of(monkeypatch, lambda index: torch.zeros(4096).sum() * 0 and None)
     assert abs(slopes["tensors"].value) < 0.2 and no_growth(slopes["tensors"])
@@ -65,7 +71,13 @@ def test_what_is_freed_is_no_leak(monkeypatch):
 
 @pytest.mark.parametrize(
     ("low", "high", "holds"),
-    [(-2.0, 3.0, True), (0.1, 0.4, True), (0.5, 3.0, False), (-900.0, 1200.0, False)],
+    [
+        (-2.0, 3.0, True),
+        (0.1, 0.2, True),
+        (0.1, 0.4, False),
+        (0.5, 3.0, False),
+        (-900.0, 1200.0, False),
+    ],
 )
 def test_no_growth_needs_zero_inside_a_narrow_interval(low, high, holds):
     assert no_growth(Slope((low + high) / 2, low, high, 0.0, 55)) is holds
