@@ -166,6 +166,12 @@ def _finished_split(folder: Path, settings: dict[str, Any]) -> ShardIndex | None
             f"({index.metadata.get(different[0])}, not {settings[different[0]]}): "
             "choose another out=FOLDER, or delete that folder"
         )
+    for shard in index.shards:
+        path = folder / shard.name
+        # `bytes` counts the members; the tar's own headers come on top.
+        if not path.is_file() or path.stat().st_size < shard.bytes:
+            logger.warning("%s is missing or cut off: %s is made again", path, folder)
+            return None
     return index
 
 

@@ -187,8 +187,8 @@ def baselines_section(folder: Folder) -> Section:
                 "Margins are positive where ours is better. In brackets: 95% bootstrap interval "
                 "over documents, paired; the margin must reach what is needed and its interval "
                 "must lie above zero. Memory holds where its growth is certainly less than one "
-                "window's units take. Perplexity says only that the units have not collapsed: an untrained "
-                "tokenizer has a higher one.",
+                "window's units take. Perplexity says only that the units have not collapsed: an "
+                "untrained tokenizer has a higher one.",
             ),
         ]
     for name in ("unit_perplexity", "log_mel_distance", "nats_per_code", "nats_per_unit"):

@@ -101,8 +101,13 @@ class RunFolder:
             ConfigError: another run lies here, whose result would have been another one.
         """
         earlier = self.read_config()
-        if earlier is None or not (self.last.is_file() or self.last.is_dir()):
+        if not (self.last.is_file() or self.last.is_dir()):
             return "new"
+        if earlier is None:
+            raise ConfigError(
+                f"{self.folder} holds {self.last.name} but no readable config.yaml: choose another "
+                "run_folder=, or delete it"
+            )
         changed = differences(comparable(earlier), comparable(config))
         if changed:
             raise ConfigError(

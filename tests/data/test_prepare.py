@@ -167,6 +167,19 @@ def test_a_finished_prepare_says_so_and_touches_nothing(corpus, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
+@pytest.mark.parametrize("damage", ["deleted", "cut off"])
+def test_a_split_whose_shard_is_damaged_is_made_again(corpus, tmp_path, damage):
+    quick(corpus, tmp_path / "out")
+    before = content(tmp_path / "out")
+    shard = sorted((tmp_path / "out" / "train").glob("*.tar"))[0]
+    if damage == "deleted":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:20000])
+    assert not quick(corpus, tmp_path / "out").was_finished
+    assert content(tmp_path / "out") == before
+
+
 def test_finished_shards_of_other_settings_are_not_overwritten(corpus, tmp_path):
     quick(corpus, tmp_path / "out")
     before = content(tmp_path / "out")
