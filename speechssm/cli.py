@@ -118,7 +118,7 @@ def verb_config(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    from speechssm.configuration import UsageError, compose, missing_value, plain_keys
+    from speechssm.configuration import UsageError, check_types, compose, missing_value, plain_keys
     from speechssm.loading import WEIGHTS_VARIABLE
 
     subjects = [word for word in words if "=" not in word and not word.startswith("~")]
@@ -136,6 +136,7 @@ def verb_config(verb: str, words: Sequence[str]) -> dict[str, Any]:
         raise missing_value(verb, missing)
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
+    check_types(verb, resolved)
     os.environ[WEIGHTS_VARIABLE] = str(resolved.get("paths", {}).get("weights") or "")
     return {str(key): value for key, value in resolved.items()}
 

@@ -107,6 +107,33 @@ def late_value(override: Any) -> Any:
     return override.value()
 
 
+def check_types(config_name: str, config: dict[str, Any]) -> None:
+    """Raises ConfigError where a value is not of the kind that `conf/NAME.yaml` has there.
+
+    Keys without a default (null, ???) are names and folders, `seconds` excepted.
+    """
+    defaults = OmegaConf.to_container(OmegaConf.load(conf_folder() / f"{config_name}.yaml"))
+    assert isinstance(defaults, dict)
+    defaults["seconds"] = 1.0 if "seconds" in defaults else None
+
+    def walk(default: Any, value: Any, key: str) -> None:
+        if isinstance(default, dict) and isinstance(value, dict):
+            for name in default.keys() & value.keys():
+                walk(default[name], value[name], f"{key}.{name}" if key else str(name))
+        for kind, accepted, words in (
+            (bool, bool, "true or false"),
+            (int, int, "a whole number"),
+            (float, (int, float), "a number"),
+            (list, list, "a list such as [16,1]"),
+        ):
+            if type(default) is kind:
+                right = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+                if not right:
+                    raise ConfigError(f"{key}={value} must be {words}")
+
+    walk(defaults, config, "")
+
+
 def uses_group(config_name: str, override: Any) -> bool:
     """Whether the primary config composes the group that an override names."""
     defaults = OmegaConf.load(conf_folder() / f"{config_name}.yaml").get("defaults", [])

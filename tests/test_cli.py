@@ -173,3 +173,19 @@ def test_generate_never_writes_over_its_prompt(tmp_path, capsys):
     assert status == 1
     assert "would overwrite the prompt" in capsys.readouterr().err
     assert prompt.read_bytes() == b"a recording"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seconds=abc"], "seconds=abc must be a number"),
+        (["seconds=1", "seed=abc"], "seed=abc must be a whole number"),
+        (["seconds=1", "temperature=hot"], "temperature=hot must be a number"),
+        (["seconds=1", "iterations=16"], "iterations=16 must be a list"),
+        (["seconds=1", "include_prompt=maybe"], "include_prompt=maybe must be true or false"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(words, message, capsys):
+    models = [f"{key}=none" for key in ("tokenizer", "lm", "soundstorm", "codec")]
+    assert main(["generate", "out=long.wav", *words, *models]) == 1
+    assert message in capsys.readouterr().err
