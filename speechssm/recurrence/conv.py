@@ -79,4 +79,5 @@ class CausalConv1d(nn.Module):
         if extended_segments_BS is not None:
             ended_BW = extended_segments_BS[:, length:] != extended_segments_BS[:, -1:]
             after_BWD = after_BWD.masked_fill(ended_BW.unsqueeze(-1), 0)
-        return y_BTD, ConvState(after_BWD.to(state.inputs_BWD.dtype))
+        # A copy: a view would keep the whole chunk in memory.
+        return y_BTD, ConvState(after_BWD.to(state.inputs_BWD.dtype, copy=True))

@@ -133,4 +133,5 @@ class RGLRU(nn.Module):
             document_start_BT,
             backend=self.scan_backend,
         )
-        return states_BTD.to(x_BTD.dtype), None if state is None else RGLRUState(last_BD)
+        # The last state is copied: a view would keep the whole chunk in memory.
+        return states_BTD.to(x_BTD.dtype), None if state is None else RGLRUState(last_BD.clone())

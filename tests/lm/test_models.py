@@ -13,7 +13,7 @@ from speechssm.errors import ConfigError
 from speechssm.lm.griffin import Griffin
 from speechssm.lm.transformer import Transformer
 from speechssm.nn.optimization import decay_groups
-from speechssm.nn.state import state_bytes
+from speechssm.nn.state import map_state, state_bytes
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 VOCABULARY = 11
@@ -78,6 +78,15 @@ def test_token_by_token_equals_batch_past_the_window(model):
     for t in range(60):
         hidden, state = model(tokens[:, t : t + 1], starts[:, t : t + 1], state)
         torch.testing.assert_close(hidden[:, 0], expected[:, t], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_state_keeps_nothing_but_itself_in_memory(model):
+    tokens, starts = batch(60, seed=5)
+    _, state = model(tokens, starts, model.initial_state(2))
+    held = []
+    map_state(lambda tensor: held.append(tensor.untyped_storage().nbytes()) or tensor, state)
+    assert sum(held) == state_bytes(state)
 
 
 @torch.no_grad()
