@@ -21,8 +21,9 @@ DEMO_LEAD = (
     "chosen by hand."
 )
 PROVEN = (
-    "What it shows is that every part works, beats what needs no learning on recordings that it "
-    "has never seen, and speaks on in a fixed amount of memory."
+    "What it shows is that every part works; that each of codec, SoundStorm and language model "
+    "beats what needs no learning on recordings that it has never seen; and that speech goes on "
+    "in a fixed amount of memory."
 )
 UNPROVEN = (
     "It is meant to show that every part works and beats what needs no learning; here not every "
