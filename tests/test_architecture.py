@@ -9,10 +9,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "speechssm"
 EVERYWHERE = {"errors", "fingerprint"}
 ALLOWED = {
     "audio": set(),
+    "kernels": set(),
     "nn": set(),
-    "recurrence": {"nn"},
+    "recurrence": {"kernels", "nn"},
     "tokenizer": {"audio", "nn"},
-    "lm": {"nn", "recurrence"},
+    "lm": {"kernels", "nn", "recurrence"},
     "soundstream": {"audio", "nn"},
     "soundstorm": {"audio", "nn"},
     "data": {"audio"},
