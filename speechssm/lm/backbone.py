@@ -42,8 +42,9 @@ class ResidualBlock(nn.Module):
 class LanguageModel(nn.Module):
     """Units in, hidden vectors and unit logits out, with state as data.
 
-    The embedding is scaled by sqrt(width) on the way in and shared with the output. It has one
-    row more than there are units: the last is BOS, which begins a document and is never predicted.
+    The embedding is scaled by sqrt(width) on the way in. It has one row more than there are units:
+    the last is BOS, which begins a document and is never predicted. Tied, its rows of units are
+    the output's weight too; untied, the output has a weight of its own.
 
     Args:
         vocab_size: V.
@@ -53,6 +54,7 @@ class LanguageModel(nn.Module):
         mlp_width: of the gated MLP, per branch.
         mlp_bias: whether the MLP's projections have biases.
         logits_soft_cap: logits become cap * tanh(logits / cap); None leaves them.
+        tied_embeddings: whether input and output share one embedding (Griffin, Gemma: they do).
         activation_checkpointing: recompute each block in the backward pass.
 
     Raises:
@@ -68,6 +70,7 @@ class LanguageModel(nn.Module):
         mlp_width: int,
         mlp_bias: bool,
         logits_soft_cap: float | None,
+        tied_embeddings: bool,
         activation_checkpointing: bool,
     ):
         super().__init__()
@@ -85,6 +88,11 @@ class LanguageModel(nn.Module):
         ).item()
         self.embedding = nn.Parameter(torch.empty(vocab_size + 1, width))
         nn.init.normal_(self.embedding, std=1 / math.sqrt(width))
+        if tied_embeddings:
+            self.register_parameter("output_embedding", None)
+        else:
+            self.output_embedding = nn.Parameter(torch.empty(vocab_size, width))
+            nn.init.normal_(self.output_embedding, std=1 / math.sqrt(width))
         residual_variance = 2 / len(temporal_blocks)
         self.blocks = nn.ModuleList(
             ResidualBlock(width, temporal, GatedMLP(width, mlp_width, mlp_bias, residual_variance))
@@ -172,9 +180,16 @@ class LanguageModel(nn.Module):
         hidden_BTD = self.final_norm(x_BTD)
         return hidden_BTD, None if state is None else LanguageModelState(tuple(states))
 
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """Weight of the logits, `[V, D]`: BOS has no row and so can never be sampled."""
+        if self.output_embedding is not None:
+            return self.output_embedding
+        return self.embedding[: self.vocab_size]
+
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Logits of the next unit, `[..., V]`: BOS has none and so can never be sampled."""
-        logits_BTV = hidden_BTD @ self.embedding[: self.vocab_size].mT
+        """Logits of the next unit, `[..., V]`."""
+        logits_BTV = hidden_BTD @ self.output_weight.mT
         if self.logits_soft_cap is None:
             return logits_BTV
         return (logits_BTV / self.logits_soft_cap).tanh() * self.logits_soft_cap

@@ -27,6 +27,7 @@ class Griffin(LanguageModel):
         logits_soft_cap: None for no cap.
         positions: "none" (the paper) or "rotary" (RecurrentGemma).
         rotary_fraction: share of the head width that is rotated (RecurrentGemma: half).
+        tied_embeddings: whether input and output share one embedding.
         activation_checkpointing: recompute each block in the backward pass.
         scan_backend: see `linear_scan`.
 
@@ -48,6 +49,7 @@ class Griffin(LanguageModel):
         logits_soft_cap: float | None = 30.0,
         positions: str = "none",
         rotary_fraction: float = 0.5,
+        tied_embeddings: bool = True,
         activation_checkpointing: bool = False,
         scan_backend: str | None = None,
     ):
@@ -86,5 +88,6 @@ class Griffin(LanguageModel):
             mlp_width=mlp_width or 3 * width,
             mlp_bias=True,
             logits_soft_cap=logits_soft_cap,
+            tied_embeddings=tied_embeddings,
             activation_checkpointing=activation_checkpointing,
         )

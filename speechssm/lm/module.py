@@ -5,7 +5,8 @@ import lightning
 import torch
 from torchmetrics import MeanMetric
 
-from speechssm.lm.loss import cross_entropy
+from speechssm.errors import ConfigError
+from speechssm.lm.loss import IGNORED, cross_entropy
 from speechssm.nn.documents import positions_in_document
 from speechssm.nn.optimization import build_optimizer
 
@@ -26,9 +27,13 @@ class LanguageModelModule(lightning.LightningModule):
     Args:
         model: config of the network, with its `_target_`.
         optimizer: config for `build_optimizer`.
+        compile: run each block through `torch.compile`; the names in checkpoints stay as they are.
+
+    Raises:
+        ConfigError: a batch with unit ids that the model does not have.
     """
 
-    def __init__(self, model: dict, optimizer: dict):
+    def __init__(self, model: dict, optimizer: dict, compile: bool = False):
         super().__init__()
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
@@ -37,10 +42,26 @@ class LanguageModelModule(lightning.LightningModule):
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("tokens_with_context", torch.zeros(len(CONTEXTS), dtype=torch.int64))
 
+    def setup(self, stage: str) -> None:
+        if not self.hparams.compile:
+            return
+        if self.trainer.strategy.root_device.type == "xla":
+            raise ConfigError("stage.compile=true is not for XLA, which compiles every step itself")
+        for block in self.model.blocks:  # blocks of one kind share one compilation
+            block.compile()
+
+    def on_before_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict:
+        """Look at the ids while they are in the host's memory: elsewhere it would cost a wait."""
+        if batch["inputs"].device.type == "cpu":
+            check_ids(batch, self.model.vocab_size)
+        return batch
+
     def summed_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss in nats and the number of targets."""
         hidden_BTD, _ = self.model(batch["inputs"], batch["document_start"])
-        return cross_entropy(hidden_BTD, batch["targets"], self.model.logits, self.model.vocab_size)
+        return cross_entropy(
+            hidden_BTD, batch["targets"], self.model.output_weight, self.model.logits_soft_cap
+        )
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         total, count = self.summed_loss(batch)
@@ -77,3 +98,23 @@ class LanguageModelModule(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def check_ids(batch: dict[str, torch.Tensor], vocab_size: int) -> None:
+    """Raises ConfigError for inputs outside 0 ... V (BOS), or targets outside 0 ... V-1 and -100.
+
+    A GPU would end the process at such an id, or read another row's memory.
+    """
+    targets_BT = batch["targets"]
+    counted_BT = torch.where(targets_BT == IGNORED, 0, targets_BT)
+    for name, ids_BT, highest in (
+        ("inputs", batch["inputs"], vocab_size),
+        ("targets", counted_BT, vocab_size - 1),
+    ):
+        smallest, largest = int(ids_BT.min()), int(ids_BT.max())
+        if smallest < 0 or largest > highest:
+            raise ConfigError(
+                f"a batch's {name} are ids from {smallest} to {largest}, but the model knows 0 to "
+                f"{highest}: give the units of one tokenizer, and its vocabulary as "
+                "model.vocab_size"
+            )

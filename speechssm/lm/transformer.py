@@ -25,6 +25,7 @@ class Transformer(LanguageModel):
         logits_soft_cap: None for no cap (Gemma 1).
         positions: "rotary" (Gemma) or "none".
         rotary_fraction: share of the head width that is rotated (Gemma: all).
+        tied_embeddings: whether input and output share one embedding.
         activation_checkpointing: recompute each block in the backward pass.
 
     Raises:
@@ -44,6 +45,7 @@ class Transformer(LanguageModel):
         logits_soft_cap: float | None = None,
         positions: str = "rotary",
         rotary_fraction: float = 1.0,
+        tied_embeddings: bool = True,
         activation_checkpointing: bool = False,
     ):
         check_sizes(width=width, num_layers=num_layers, num_heads=num_heads)
@@ -67,6 +69,7 @@ class Transformer(LanguageModel):
             mlp_width=mlp_width or 3 * width,
             mlp_bias=bias,
             logits_soft_cap=logits_soft_cap,
+            tied_embeddings=tied_embeddings,
             activation_checkpointing=activation_checkpointing,
         )
         self.window = window

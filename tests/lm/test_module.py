@@ -79,23 +79,77 @@ def train(steps, model=None):
     return module, losses, trainer.callback_metrics
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 7 * VOCABULARY, 10**9])
-def test_chunked_cross_entropy_equals_the_plain_one_with_gradients(chunk_logits):
+def loss_case(**options):
+    """A model, hidden vectors and targets of which four of 30 do not count."""
     torch.manual_seed(0)
-    model = Griffin(VOCABULARY, 24, 1, 3, window=4)
-    hidden = torch.randn(2, 15, 24, requires_grad=True)
+    model = Griffin(VOCABULARY, 24, 1, 3, window=4, **options)
+    hidden = (5 * torch.randn(2, 15, 24)).requires_grad_()
     targets = torch.randint(0, VOCABULARY, (2, 15))
     targets[0, :4] = -100
-    total, count = cross_entropy(hidden, targets, model.logits, VOCABULARY, chunk_logits)
+    return model, hidden, targets
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("soft_cap", [None, 2.0, 30.0])
+@pytest.mark.parametrize("chunk_logits", [1, 7 * VOCABULARY, 10**9])
+def test_chunked_cross_entropy_equals_the_plain_one_with_gradients(chunk_logits, soft_cap, tied):
+    model, hidden, targets = loss_case(logits_soft_cap=soft_cap, tied_embeddings=tied)
+    total, count = cross_entropy(hidden, targets, model.output_weight, soft_cap, chunk_logits)
     expected = torch.nn.functional.cross_entropy(
         model.logits(hidden).flatten(0, 1), targets.flatten(), reduction="sum"
     )
     torch.testing.assert_close(total, expected)
     assert count == 26
-    arguments = (hidden, model.embedding)
-    ours = torch.autograd.grad(total, arguments)
-    theirs = torch.autograd.grad(expected, arguments)
+    arguments = (hidden, model.embedding if tied else model.output_embedding)
+    # A gradient that does not begin at one, as of a mean or a scaled loss.
+    ours = torch.autograd.grad(total * 0.3, arguments)
+    theirs = torch.autograd.grad(expected * 0.3, arguments)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_cross_entropy_without_gradients_and_with_one_alone():
+    model, hidden, targets = loss_case()
+    expected, _ = cross_entropy(hidden, targets, model.output_weight, 30.0)
+    with torch.no_grad():
+        total, _ = cross_entropy(hidden, targets, model.output_weight, 30.0)
+    assert torch.equal(total, expected) and not total.requires_grad
+    frozen = model.output_weight.detach()
+    total, _ = cross_entropy(hidden, targets, frozen, 30.0)
+    both, alone = (torch.autograd.grad(value, hidden)[0] for value in (expected, total))
+    assert torch.equal(both, alone)
+
+
+def test_cross_entropy_under_autocast_multiplies_in_bfloat16_and_sums_in_float32():
+    model, hidden, targets = loss_case()
+    expected, _ = cross_entropy(hidden, targets, model.output_weight, 30.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = cross_entropy(hidden, targets, model.output_weight, 30.0)
+    assert total.dtype == torch.float32 and total != expected
+    torch.testing.assert_close(total, expected, rtol=1e-2, atol=0)
+    total.backward()
+    assert hidden.grad.dtype == model.embedding.grad.dtype == torch.float32
+    ours, (theirs,) = hidden.grad, torch.autograd.grad(expected, hidden)
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_cross_entropy_never_holds_the_logits_of_a_batch(peak_bytes):
+    """Peak memory of loss and gradient is some chunks, whatever the number of positions."""
+    vocabulary, width, chunk_logits = 4096, 8, 2**16
+    weight = torch.nn.Parameter(torch.randn(vocabulary, width))
+    peaks = []
+    for length in (64, 1024):
+        hidden = torch.randn(1, length, width, requires_grad=True)
+        targets = torch.randint(0, vocabulary, (1, length))
+
+        def loss_and_gradients(hidden=hidden, targets=targets):
+            cross_entropy(hidden, targets, weight, 30.0, chunk_logits)[0].backward()
+            hidden.grad = weight.grad = None
+
+        peaks.append(peak_bytes(loss_and_gradients))
+    one_chunk = 4 * chunk_logits
+    gradients = 4 * vocabulary * width * 4  # the weight's, in the making and scaled
+    assert max(peaks) < 4.5 * one_chunk + gradients
+    assert peaks[1] - peaks[0] < 0.1 * (1024 - 64) * vocabulary * 4
 
 
 @pytest.fixture(scope="module")
