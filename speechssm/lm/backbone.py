@@ -42,9 +42,9 @@ class ResidualBlock(nn.Module):
 class LanguageModel(nn.Module):
     """Units in, hidden vectors and unit logits out, with state as data.
 
-    The embedding is scaled by sqrt(width) on the way in. It has one row more than there are units:
-    the last is BOS, which begins a document and is never predicted. Tied, its rows of units are
-    the output's weight too; untied, the output has a weight of its own.
+    The embedding is scaled on the way in. It has one row more than there are units: the last is
+    BOS, which begins a document and is never predicted. Tied, its rows of units are the output's
+    weight too; untied, the output has a weight of its own.
 
     Args:
         vocab_size: V.
@@ -55,6 +55,8 @@ class LanguageModel(nn.Module):
         mlp_bias: whether the MLP's projections have biases.
         logits_soft_cap: logits become cap * tanh(logits / cap); None leaves them.
         tied_embeddings: whether input and output share one embedding (Griffin, Gemma: they do).
+        embedding_scale: factor of the embedding on the way in; sqrt(width) rounded to bfloat16 if
+            None, as RecurrentGemma has it, and Gemma where the whole model is bfloat16.
         activation_checkpointing: recompute each block in the backward pass.
 
     Raises:
@@ -71,6 +73,7 @@ class LanguageModel(nn.Module):
         mlp_bias: bool,
         logits_soft_cap: float | None,
         tied_embeddings: bool,
+        embedding_scale: float | None,
         activation_checkpointing: bool,
     ):
         super().__init__()
@@ -82,10 +85,13 @@ class LanguageModel(nn.Module):
         self.width = width
         self.logits_soft_cap = logits_soft_cap
         self.activation_checkpointing = activation_checkpointing
-        # RecurrentGemma rounds this factor to bfloat16, and its weights were trained so.
-        self.embedding_scale = torch.tensor(
-            math.sqrt(width), dtype=torch.bfloat16, device="cpu"
-        ).item()
+        if embedding_scale is None:
+            embedding_scale = torch.tensor(
+                math.sqrt(width), dtype=torch.bfloat16, device="cpu"
+            ).item()
+        if embedding_scale <= 0:
+            raise ConfigError(f"embedding_scale={embedding_scale} must be positive, or null")
+        self.embedding_scale = embedding_scale
         self.embedding = nn.Parameter(torch.empty(vocab_size + 1, width))
         nn.init.normal_(self.embedding, std=1 / math.sqrt(width))
         if tied_embeddings:

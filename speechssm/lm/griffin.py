@@ -28,6 +28,7 @@ class Griffin(LanguageModel):
         positions: "none" (the paper) or "rotary" (RecurrentGemma).
         rotary_fraction: share of the head width that is rotated (RecurrentGemma: half).
         tied_embeddings: whether input and output share one embedding.
+        embedding_scale: factor on the way in; sqrt(width) rounded to bfloat16 if omitted.
         activation_checkpointing: recompute each block in the backward pass.
         scan_backend: see `linear_scan`.
 
@@ -50,6 +51,7 @@ class Griffin(LanguageModel):
         positions: str = "none",
         rotary_fraction: float = 0.5,
         tied_embeddings: bool = True,
+        embedding_scale: float | None = None,
         activation_checkpointing: bool = False,
         scan_backend: str | None = None,
     ):
@@ -89,5 +91,6 @@ class Griffin(LanguageModel):
             mlp_bias=True,
             logits_soft_cap=logits_soft_cap,
             tied_embeddings=tied_embeddings,
+            embedding_scale=embedding_scale,
             activation_checkpointing=activation_checkpointing,
         )

@@ -26,6 +26,7 @@ class Transformer(LanguageModel):
         positions: "rotary" (Gemma) or "none".
         rotary_fraction: share of the head width that is rotated (Gemma: all).
         tied_embeddings: whether input and output share one embedding.
+        embedding_scale: factor on the way in; sqrt(width) rounded to bfloat16 if omitted.
         activation_checkpointing: recompute each block in the backward pass.
 
     Raises:
@@ -46,6 +47,7 @@ class Transformer(LanguageModel):
         positions: str = "rotary",
         rotary_fraction: float = 1.0,
         tied_embeddings: bool = True,
+        embedding_scale: float | None = None,
         activation_checkpointing: bool = False,
     ):
         check_sizes(width=width, num_layers=num_layers, num_heads=num_heads)
@@ -70,6 +72,7 @@ class Transformer(LanguageModel):
             mlp_bias=bias,
             logits_soft_cap=logits_soft_cap,
             tied_embeddings=tied_embeddings,
+            embedding_scale=embedding_scale,
             activation_checkpointing=activation_checkpointing,
         )
         self.window = window
