@@ -33,12 +33,14 @@ class GateAndInput(torch.autograd.Function):
     def forward(ctx, input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D, start_BT1):
         i_BTD = input_logit_BTD.sigmoid()
         r_BTD = recurrence_logit_BTD.sigmoid()
-        gate_BTD = (r_BTD * rate_D).exp_()
+        # What is returned is no result of an in-place operation: torch.compile (2.11) would give it
+        # a gradient of zero.
+        gate_BTD = (r_BTD * rate_D).exp()
         # 1 - a^2 through expm1: at a = 0.999 the plain form loses half of its digits.
         multiplier_BTD = (r_BTD * (2 * rate_D)).expm1_().neg_().sqrt_()
         if start_BT1 is not None:
             multiplier_BTD.masked_fill_(start_BT1, 1)
-        value_BTD = (i_BTD * x_BTD).mul_(multiplier_BTD)
+        value_BTD = i_BTD * x_BTD * multiplier_BTD
         ctx.save_for_backward(i_BTD, r_BTD, x_BTD, rate_D, start_BT1, gate_BTD, multiplier_BTD)
         return gate_BTD, value_BTD
 

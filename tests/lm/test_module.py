@@ -51,9 +51,9 @@ class Chain(torch.utils.data.Dataset):
         return chain(4, 40, self.first_seed + index)
 
 
-def train(steps, model=None):
+def train(steps, model=None, **options):
     lightning.seed_everything(0, verbose=False)
-    module = LanguageModelModule(model or MODEL, OPTIMIZER)
+    module = LanguageModelModule(model or MODEL, OPTIMIZER, **options)
     losses = []
 
     class Record(lightning.Callback):
@@ -190,6 +190,15 @@ def test_context_shares_count_positions_within_documents(monkeypatch):
     assert metrics["train/context_longer"] == 0
 
 
+def test_a_compiled_model_has_the_losses_and_the_names_of_a_plain_one(trained):
+    plain, losses, _ = trained
+    torch._dynamo.reset()
+    compiled, compiled_losses, _ = train(4, compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled_losses[:4] == pytest.approx(losses[:4], abs=1e-4)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
 def test_a_saved_module_loads_with_weights_only(trained, tmp_path):
     module, _, _ = trained
     path = tmp_path / "module.ckpt"
@@ -207,6 +216,35 @@ def test_a_row_without_targets_has_zero_loss():
     batch["targets"][:] = -100
     total, count = module.summed_loss(batch)
     assert total == 0 and count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("inputs", VOCABULARY + 1, "inputs are ids from 0 to 17, but the model knows 0 to 16"),
+        ("inputs", -1, "inputs are ids from -1"),
+        ("targets", VOCABULARY, "targets are ids from 0 to 16, but the model knows 0 to 15"),
+        ("targets", -2, "targets are ids from -2"),
+    ],
+)
+def test_ids_of_a_batch_are_looked_at_before_they_reach_a_device(name, value, message):
+    module = LanguageModelModule(MODEL, OPTIMIZER)
+    batch = chain(4, 40, 0)
+    assert module.on_before_batch_transfer(batch, 0) is batch
+    batch[name][1, 7] = value
+    with pytest.raises(ConfigError, match=message):
+        module.on_before_batch_transfer(batch, 0)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_shortest_rows_train(length):
+    module = LanguageModelModule(MODEL, OPTIMIZER)
+    batch = {name: value[:, :length] for name, value in chain(2, 10, 0).items()}
+    total, count = module.summed_loss(batch)
+    (total / count).backward()
+    assert count == 2 * length
+    assert all(bool(torch.isfinite(p.grad).all()) for p in module.parameters())
+    assert module.model.embedding.grad.any()
 
 
 def test_an_unknown_optimizer_key_is_named():
