@@ -4,6 +4,7 @@ The paper's window counts the position itself, as `transformers` does: `attentio
 our `window`. Positions are "none" where no part of a head is rotated.
 """
 
+from itertools import cycle, islice
 from typing import Any
 
 from speechssm.lm.backbone import LanguageModel
@@ -69,3 +70,56 @@ def describe(model: LanguageModel) -> dict[str, Any]:
         "attention_window_size": attention.window if attention else None,
         "logits_soft_cap": model.logits_soft_cap,
     }
+
+
+# Their keys, and our option that each one stands for.
+OPTIONS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_width",
+    "lru_width": "lru_width",
+    "block_types": "block_pattern",
+    "conv1d_width": "conv_width",
+    "attention_window_size": "window",
+    "logits_soft_cap": "logits_soft_cap",
+}
+
+
+def differences(model: LanguageModel, theirs: dict[str, Any]) -> list[str]:
+    """`model.width=2560 (here 256)` for each option that must change to fit a `config.json`.
+
+    Keys that a config leaves out are not compared: the tensors' shapes tell most of them.
+    Positions are not compared either, see `positions_there`.
+    """
+    ours = describe(model)
+    layers = theirs.get("num_hidden_layers", ours["num_hidden_layers"])
+    theirs = {key: value for key, value in theirs.items() if value is not None}
+    if "block_types" in theirs:
+        theirs["block_types"] = list(islice(cycle(theirs["block_types"]), layers))
+    if family_of(model) == "gemma":
+        theirs |= {"logits_soft_cap": None}
+        ours |= {"logits_soft_cap": model.logits_soft_cap}
+    found = []
+    for key, option in OPTIONS.items():
+        if key not in theirs or key not in ours or theirs[key] == ours[key]:
+            continue
+        there, here = theirs[key], ours[key]
+        if key == "intermediate_size" and family_of(model) == "recurrent_gemma":
+            there, here = there // 2, here // 2
+        found.append(f"model.{option}={there} (here {here})".replace("None", "null"))
+    for key in ("num_key_value_heads", "head_dim", "rms_norm_eps"):
+        if key in theirs and key in ours and theirs[key] != ours[key]:
+            found.append(f"{key}={theirs[key]} (here always {ours[key]})")
+    return found
+
+
+def positions_there(model: LanguageModel, theirs: dict[str, Any]) -> str | None:
+    """How the positions of a `config.json` differ from the model's, which is allowed; or None."""
+    ours = describe(model)["rope_parameters"]["partial_rotary_factor"]
+    default = 0.5 if family_of(model) == "recurrent_gemma" else 1.0
+    rope = theirs.get("rope_parameters") or theirs
+    there = rope.get("partial_rotary_factor", default)
+    if there == ours:
+        return None
+    return f"positions differ: {there} of each head is rotated there, {ours} here"
