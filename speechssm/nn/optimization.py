@@ -8,7 +8,8 @@ from torch import nn
 
 from speechssm.errors import ConfigError
 
-ADAMW_KEYS = {"learning_rate", "betas", "epsilon", "weight_decay"}
+ADAMW_KEYS = {"learning_rate", "betas", "epsilon", "weight_decay", "fused"}
+FUSED_DEVICES = {"cpu", "cuda"}  # where AdamW has one kernel for the whole update
 KNOWN_KEYS = ADAMW_KEYS | {"warmup_steps", "final_ratio", "schedule"}
 
 
@@ -52,9 +53,10 @@ def build_optimizer(
     """AdamW and its per-step learning-rate schedule.
 
     Args:
-        parameters: of one network; those that need no gradient are left out.
+        parameters: of one network, on their device; those that need no gradient are left out.
         config: `learning_rate`, `betas`, `epsilon`, `weight_decay`, `warmup_steps`,
-            `final_ratio` (last learning rate over peak), `schedule` ("cosine" or "constant").
+            `final_ratio` (last learning rate over peak), `schedule` ("cosine" or "constant"),
+            `fused` (one kernel for the update, where the device has one; false if omitted).
         total_steps: optimiser steps of the whole run; required by the cosine schedule.
 
     Raises:
@@ -68,12 +70,20 @@ def build_optimizer(
         raise ConfigError(f"optimizer.schedule: {schedule!r} is neither 'cosine' nor 'constant'")
     if schedule == "cosine" and (total_steps is None or total_steps <= 0):
         raise ConfigError("optimizer.schedule=cosine needs trainer.max_steps > 0")
+    groups = decay_groups(parameters, config.get("weight_decay", 0.01))
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = bool(config.get("fused", False)) and devices <= FUSED_DEVICES
     optimizer = torch.optim.AdamW(
-        decay_groups(parameters, config.get("weight_decay", 0.01)),
+        groups,
         lr=config["learning_rate"],
         betas=tuple(config.get("betas", (0.9, 0.95))),
         eps=config.get("epsilon", 1e-8),
+        fused=fused or None,
     )
+    if fused:
+        # Left to itself it would unscale the gradients of a GradScaler in its step, too late for
+        # clipping them: Lightning refuses the two together, even in bfloat16 without any scaler.
+        optimizer._step_supports_amp_scaling = False
     factor = WarmupCosine(
         config.get("warmup_steps", 0),
         total_steps if schedule == "cosine" else None,

@@ -49,6 +49,7 @@ QUIET = (
     ".*`tensorboardX` has been removed.*",
     ".*GPU available but not used.*",
     ".*your dataloader is not resumable.*",  # our data module is
+    ".*You have overridden `on_before_batch_transfer`.*",
     ".*Using ModelCheckpoint with manual optimization.*",  # after the step is what we want
 )
 

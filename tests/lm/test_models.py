@@ -14,6 +14,7 @@ from speechssm.lm.griffin import Griffin
 from speechssm.lm.transformer import Transformer
 from speechssm.nn.optimization import decay_groups
 from speechssm.nn.state import map_state, state_bytes
+from speechssm.recurrence.rg_lru import RGLRU
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 VOCABULARY = 11
@@ -30,6 +31,8 @@ def transformer(**options):
 MODELS = {
     "griffin": griffin,
     "griffin, rotary": lambda: griffin(positions="rotary", rotary_fraction=0.5),
+    "griffin, untied": lambda: griffin(tied_embeddings=False),
+    "griffin, attention first": lambda: griffin(block_pattern=["attention", "recurrent"]),
     "transformer": transformer,
     "transformer, no positions, local": lambda: transformer(positions="none", window=5),
 }
@@ -121,6 +124,48 @@ def test_a_reset_row_starts_anew_and_its_neighbour_goes_on(model):
     torch.testing.assert_close(again[0], model(tokens)[0][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(again[1], continued[1])
     assert not torch.allclose(again[0], continued[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_the_recurrence_is_float32(autocast):
+    """In value too: a state summed up in bfloat16 would stop growing where its steps get small."""
+    torch.manual_seed(0)
+    layer = RGLRU(8, 2).to(torch.float32 if autocast else torch.bfloat16)
+    with torch.no_grad():
+        layer.decay.fill_(-8.0)  # memory over hundreds of steps
+        layer.recurrence_gate.weight.zero_()
+        layer.input_gate.weight.zero_()
+    length, steady = 4000, 0.5 * torch.ones(8)
+    x = torch.ones(1, length, 8, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        states, state = layer(x, None, layer.initial_state(1, device="cpu"))
+    assert states.dtype == torch.bfloat16 and state.hidden_BD.dtype == torch.float32
+    log_gate = -8 * 0.5 * torch.nn.functional.softplus(layer.decay.detach().double())
+    gate = log_gate.exp()
+    limit = (1 - gate.square()).sqrt() * steady / (1 - gate)
+    expected = limit * (1 - gate**length)
+    torch.testing.assert_close(state.hidden_BD[0].double(), expected, rtol=1e-3, atol=0)
+
+
+def test_a_bfloat16_model_decodes_with_float32_recurrent_states():
+    model = griffin().to(torch.bfloat16).eval()
+    tokens, starts = batch(9)
+    with torch.no_grad():
+        hidden, state = model(tokens, starts, model.initial_state(2))
+    assert hidden.dtype == torch.bfloat16 and bool(hidden.isfinite().all())
+    assert [block.rg_lru.hidden_BD.dtype for block in state.blocks[:2]] == 2 * [torch.float32]
+
+
+def test_untied_embeddings_have_an_output_of_their_own():
+    tied, untied = griffin(), griffin(tied_embeddings=False)
+    assert tied.output_weight.data_ptr() == tied.embedding.data_ptr()
+    assert set(untied.state_dict()) - set(tied.state_dict()) == {"output_embedding"}
+    assert untied.output_weight is untied.output_embedding
+    tokens, starts = batch(4)
+    untied.logits(untied(tokens, starts)[0]).square().sum().backward()
+    assert untied.output_embedding.grad.any() and untied.embedding.grad[tokens].any()
+    unseen = [unit for unit in range(VOCABULARY) if unit not in tokens]
+    assert unseen and not untied.embedding.grad[unseen].any()
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -25,6 +25,32 @@ def test_only_matrices_decay_and_every_trainable_parameter_is_in_one_group():
     assert sorted(grouped) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 
 
+def steps_of(fused, device="cpu", count=5):
+    """The optimiser, and the parameters after some steps."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(device)
+    optimizer, schedule = build_optimizer(network.parameters(), {**CONFIG, "fused": fused}, 100)
+    for _ in range(count if device == "cpu" else 0):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        schedule.step()
+    return optimizer, list(network.parameters())
+
+
+def test_the_fused_update_is_the_same_up_to_rounding_and_keeps_the_groups():
+    fused, ours = steps_of(True)
+    plain, theirs = steps_of(False)
+    assert fused.defaults["fused"] and not plain.defaults["fused"]
+    assert [group["weight_decay"] for group in fused.param_groups] == [0.6, 0.0]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_a_device_without_a_fused_update_gets_the_plain_one():
+    optimizer, _ = steps_of(True, "meta")
+    assert not optimizer.defaults["fused"]
+
+
 def test_learning_rate_warms_up_linearly_and_ends_at_a_twentieth_of_its_peak():
     parameter = nn.Parameter(torch.zeros(2, 2))
     optimizer, schedule = build_optimizer([parameter], CONFIG, total_steps=110)

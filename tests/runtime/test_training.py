@@ -158,6 +158,20 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_does_not(
     assert same[0] != other[0]
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_run_in_bfloat16_learns_what_one_in_float32_does(
+    unit_shards: Path, straight: Path, tmp_path: Path, precision: str
+) -> None:
+    run(unit_shards, tmp_path / "run", f"trainer.precision={precision}")
+    theirs, ours = losses(straight), losses(tmp_path / "run")
+    assert ours[0] == pytest.approx(theirs[0], abs=0.02) and ours[0] != theirs[0]
+    assert ours[STEPS - 1] == pytest.approx(theirs[STEPS - 1], abs=0.1)
+    assert theirs[STEPS - 1] < theirs[0] - 0.5
+    expected = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+    stored = {name: v for name, v in weights(tmp_path / "run").items() if name[:6] == "model."}
+    assert {value.dtype for value in stored.values()} == {expected}
+
+
 def test_a_run_folder_holds_what_the_contract_names(straight: Path) -> None:
     config = yaml.safe_load((straight / "config.yaml").read_text())
     assert config["model"]["width"] == 16 and config["run_folder"] == str(straight)
