@@ -23,7 +23,7 @@ def bench(config: Mapping[str, Any]) -> list[Row]:
         raise ConfigError(f"unknown subject {subject!r}; choose one of: {', '.join(SUBJECTS)}")
     if not config.get("out"):
         raise ConfigError("out is not set; add out=FOLDER")
-    options = (config.get("options") or {}).get(subject) or {}
+    options = (config.get("options") or {}).get(subject.replace("-", "_")) or {}
     options = {str(key): value for key, value in options.items()}
     options["quick"] = bool(config.get("quick"))
     return SUBJECTS[subject](config, options)
@@ -45,6 +45,15 @@ def bench_pipeline(config: Mapping[str, Any], options: dict[str, Any]) -> list[R
     return run_pipeline(config["out"], seed=details["seed"], details=details, **models, **options)
 
 
+def bench_scan(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
+    from speechssm.benchmark.scan import run_scan
+    from speechssm.runtime.memory import keep_freed_memory
+
+    keep_freed_memory()  # as in training
+    return run_scan(config["out"], device=device_of(config), **options)
+
+
 SUBJECTS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], list[Row]]] = {
+    "scan": bench_scan,
     "pipeline": bench_pipeline,
 }

@@ -1,0 +1,142 @@
+"""The implementations that ours is measured against. They come with the `dev` extra."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from speechssm.errors import ConfigError
+
+# gate_BTD, input_BTD -> states_BTD, from a state of zeros.
+Scan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+INSTALL = "pip install 'speechssm[dev]'"
+
+
+class MissingPeer(ConfigError):
+    """A peer is not installed; the message says how to get it."""
+
+
+def named(package: str, what: str) -> str:
+    """`transformers 5.23.0, RecurrentGemma`."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}, {what}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package}, {what}"
+
+
+def transformers_scan() -> tuple[str, Scan]:
+    """The recurrence of `transformers`' RecurrentGemma: a Python loop over positions.
+
+    Raises:
+        MissingPeer: not installed, or of a version without it.
+    """
+    try:
+        from transformers.models.recurrent_gemma import modeling_recurrent_gemma as code
+
+        loop = code.RecurrentGemmaRglru._rnn_scan
+    except (ImportError, AttributeError):
+        raise MissingPeer(f"transformers' RecurrentGemma: {INSTALL}") from None
+
+    def scan(gate_BTD: torch.Tensor, input_BTD: torch.Tensor) -> torch.Tensor:
+        reset_BT1 = torch.zeros_like(gate_BTD[..., :1], dtype=torch.bool)
+        # The method looks at nothing of the layer it belongs to.
+        return loop(None, input_BTD, gate_BTD, reset_BT1, None)[0]
+
+    return named("transformers", "_rnn_scan"), scan
+
+
+def deepmind_scan() -> tuple[str, Scan]:
+    """`rnn_scan` of DeepMind's PyTorch code: a Python loop over positions.
+
+    Raises:
+        MissingPeer: not installed.
+    """
+    if importlib.util.find_spec("recurrentgemma") is None:
+        raise MissingPeer(f"DeepMind's recurrentgemma: {INSTALL}")
+    with torch_half_of_recurrentgemma():
+        loop = importlib.import_module("recurrentgemma.torch.layers").rnn_scan
+
+    def scan(gate_BTD: torch.Tensor, input_BTD: torch.Tensor) -> torch.Tensor:
+        reset_BT = torch.zeros_like(gate_BTD[..., 0], dtype=torch.bool)
+        return loop(input_BTD, gate_BTD, reset_BT, None)[0]
+
+    return named("recurrentgemma", "rnn_scan"), scan
+
+
+@contextlib.contextmanager
+def torch_half_of_recurrentgemma() -> Iterator[None]:
+    """`recurrentgemma.torch` can be imported inside: the package's `__init__` would need JAX."""
+    spec = importlib.util.find_spec("recurrentgemma")
+    assert spec is not None and spec.origin is not None
+    before = {name: module for name, module in sys.modules.items() if is_recurrentgemma(name)}
+    package = types.ModuleType("recurrentgemma")
+    package.__path__ = [str(Path(spec.origin).parent)]
+    sys.modules["recurrentgemma"] = package
+    try:
+        yield
+    finally:
+        for name in filter(is_recurrentgemma, list(sys.modules)):
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def is_recurrentgemma(name: str) -> bool:
+    return name.split(".")[0] == "recurrentgemma"
+
+
+def associative_scan() -> tuple[str, Scan]:
+    """PyTorch's own associative scan, of logarithmic depth (a prototype, not in its public API).
+
+    Raises:
+        MissingPeer: this version of PyTorch has none.
+    """
+    try:
+        from torch._higher_order_ops import associative_scan as prototype
+    except ImportError:
+        raise MissingPeer("torch's associative_scan: this version has none") from None
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def scan(gate_BTD: torch.Tensor, input_BTD: torch.Tensor) -> torch.Tensor:
+        pair = (gate_BTD, input_BTD)
+        return prototype(combine, pair, dim=1, combine_mode="generic")[1]
+
+    return named("torch", "associative_scan"), scan
+
+
+SCANS = (transformers_scan, deepmind_scan, associative_scan)
+
+
+def installed_scans() -> tuple[dict[str, Scan], list[str]]:
+    """Scans of the peers that are installed, by name, and a line for each that is missing."""
+    found, missing = {}, []
+    for peer in SCANS:
+        try:
+            name, scan = peer()
+        except MissingPeer as error:
+            missing.append(f"Left out, not installed: {error}.")
+        else:
+            found[name] = scan
+    return found, missing
+
+
+def recurrent_gemma(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+    """`transformers`' RecurrentGemma with the configuration and the weights of our Griffin.
+
+    Raises:
+        MissingPeer: `transformers` is not installed.
+        ConfigError: it cannot express the configuration.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingPeer(f"transformers' RecurrentGemma: {INSTALL}")
+    from speechssm.lm.checkpoints.export import to_transformers
+
+    return named("transformers", "RecurrentGemma"), to_transformers(model)
