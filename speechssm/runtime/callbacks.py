@@ -1,8 +1,7 @@
-"""Callbacks of every training: seeds of steps, a guard against NaN, audio samples, resumed logs."""
+"""Callbacks of every training: seeds of steps, audio samples, resumed logs."""
 
 import hashlib
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,9 @@ import numpy as np
 import torch
 
 from speechssm import __version__
-from speechssm.errors import SpeechSSMError
 from speechssm.runtime.csv_logger import CSVLogger
 
 log = logging.getLogger(__name__)
-
-
-class DivergedError(SpeechSSMError):
-    """A loss or a weight became NaN or infinite."""
 
 
 class StepSeeds(L.Callback):
@@ -58,58 +52,6 @@ class StepSeeds(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self.set(trainer, f"validation {dataloader_idx}", batch_idx)
-
-
-class NaNGuard(L.Callback):
-    """Stop when a loss or a weight is NaN or infinite, before a checkpoint could hold it.
-
-    Losses are looked at every `every_n_steps` steps (each look waits for the device), weights
-    whenever a checkpoint is about to be written: what lies on disk is always good.
-
-    Args:
-        every_n_steps: steps between two looks.
-    """
-
-    def __init__(self, every_n_steps: int = 10):
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if (batch_idx + 1) % self.every_n_steps:
-            return
-        metrics = dict(trainer.callback_metrics)
-        if isinstance(outputs, dict) and "loss" in outputs:
-            metrics["train/loss"] = outputs["loss"]
-        for name, value in metrics.items():
-            # Gradients may be infinite where a scaler skips such steps; a loss may not.
-            if name.startswith("train") and "loss" in name and not math.isfinite(float(value)):
-                raise DivergedError(self.message(trainer, name, float(value)))
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        for name, value in checkpoint.get("state_dict", {}).items():
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                continue
-            if value.device.type == "xla":  # where each shape would be a graph to compile
-                value = value.cpu()
-            if not bool(torch.isfinite(value).all()):
-                raise DivergedError(self.message(trainer, f"weight {name}", math.nan))
-
-    @staticmethod
-    def message(trainer: L.Trainer, name: str, value: float) -> str:
-        kept = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        state = f"the last good checkpoint is {kept}" if kept.is_file() else "no checkpoint yet"
-        return (
-            f"{name} is {value} at step {trainer.global_step}; {state}. Lower "
-            "optimizer.learning_rate, or set trainer.gradient_clip_val=1.0"
-        )
 
 
 class ValidateAtEnd(L.Callback):

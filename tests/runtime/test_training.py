@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import WandbLogger
 from speechssm.configuration import compose
 from speechssm.errors import CheckpointError, ConfigError
 from speechssm.report.rows import read_rows
-from speechssm.runtime.callbacks import DivergedError, StepSeeds
+from speechssm.runtime.callbacks import StepSeeds
+from speechssm.runtime.nan_guard import DivergedError
 from speechssm.runtime.run_folder import RunFolder, plain_config
 from speechssm.runtime.training import build_loggers, build_trainer, train
 
