@@ -30,6 +30,11 @@ def check_backend(backend: str | None) -> None:
         )
 
 
+def default_backend(device: torch.device) -> str:
+    """The backend for tensors on a device."""
+    return "xla" if device.type == "xla" else "chunked"
+
+
 def linear_scan(
     gate_BTD: torch.Tensor,
     input_BTD: torch.Tensor,
@@ -63,8 +68,7 @@ def linear_scan(
             f"linear_scan: gate {tuple(gate_BTD.shape)} and input {tuple(input_BTD.shape)} must "
             "have one shape [B, T, D] with T >= 1"
         )
-    if backend is None:
-        backend = "xla" if gate_BTD.device.type == "xla" else "chunked"
+    backend = backend or default_backend(gate_BTD.device)
     gate_BTD, input_BTD = gate_BTD.float(), input_BTD.float()
     if reset_BT is not None:
         gate_BTD = gate_BTD.masked_fill(reset_BT.unsqueeze(-1), 0)

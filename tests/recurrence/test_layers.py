@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from speechssm.nn.state import reset_rows, state_bytes
 from speechssm.recurrence.block import RecurrentBlock
 from speechssm.recurrence.conv import CausalConv1d
-from speechssm.recurrence.rg_lru import RGLRU, gate_and_input
+from speechssm.recurrence.rg_lru import RGLRU
+from speechssm.recurrence.rg_lru_scan import gate_and_input
 
 WIDTH = 12
 
