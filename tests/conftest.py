@@ -2,6 +2,8 @@
 
 import logging
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread a test process: faster than two on a loaded machine, and the same numbers everywhere.
@@ -131,3 +133,26 @@ def quiet_logs() -> None:
     """Libraries that log every start would hide a failing test's own lines."""
     for name in ("lightning.pytorch", "lightning.fabric", "wandb"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """The most memory that torch's CPU allocator has handed out at once during a call, in bytes.
+
+    Counts every allocation, those of custom operators and of the backward pass included.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    def measure(function: Callable[[], object]) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                function()
+        held = peak = 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak
+
+    return measure

@@ -6,6 +6,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from speechssm.errors import ConfigError
+from speechssm.lm.checkpoints.initialise import initialise_from
 from speechssm.lm.loss import IGNORED, cross_entropy
 from speechssm.nn.documents import positions_in_document
 from speechssm.nn.optimization import build_optimizer
@@ -27,13 +28,22 @@ class LanguageModelModule(lightning.LightningModule):
     Args:
         model: config of the network, with its `_target_`.
         optimizer: config for `build_optimizer`.
+        initial_weights: a RecurrentGemma or Gemma checkpoint that a new run begins with, as
+            `initialise_from` takes it; a run that is resumed has weights already.
         compile: run each block through `torch.compile`; the names in checkpoints stay as they are.
 
     Raises:
+        CheckpointError: `initial_weights` that do not fit the model.
         ConfigError: a batch with unit ids that the model does not have.
     """
 
-    def __init__(self, model: dict, optimizer: dict, compile: bool = False):
+    def __init__(
+        self,
+        model: dict,
+        optimizer: dict,
+        initial_weights: str | None = None,
+        compile: bool = False,
+    ):
         super().__init__()
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
@@ -43,6 +53,8 @@ class LanguageModelModule(lightning.LightningModule):
         self.register_buffer("tokens_with_context", torch.zeros(len(CONTEXTS), dtype=torch.int64))
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
+            initialise_from(self.model, self.hparams.initial_weights)
         if not self.hparams.compile:
             return
         if self.trainer.strategy.root_device.type == "xla":

@@ -173,6 +173,53 @@ def test_a_run_in_bfloat16_learns_what_one_in_float32_does(
     assert {value.dtype for value in stored.values()} == {expected}
 
 
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RecurrentGemma checkpoint of the size of the tests' model, as its library writes it."""
+    transformers = pytest.importorskip("transformers", reason="extra: dev")
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=3,
+        intermediate_size=2 * 192,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        lru_width=16,
+        attention_window_size=8,
+        logits_soft_cap=30.0,
+        block_types=["recurrent", "recurrent", "attention"],
+    )
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("text") / "recurrentgemma"
+    transformers.RecurrentGemmaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_new_run_begins_with_a_text_models_weights_and_a_resumed_one_does_not(
+    unit_shards: Path, straight: Path, text_model: Path, tmp_path: Path
+) -> None:
+    sys.modules["tests_runtime_fault"] = sys.modules[__name__]
+    begun = f"stage.initial_weights={text_model}"
+    # A rate of zero: the weights stay what they are at the start.
+    still = ("optimizer.learning_rate=0", "trainer.max_steps=5")
+    run(unit_shards, tmp_path / "still", begun, *still)
+    from safetensors.torch import load_file
+
+    theirs = load_file(text_model / "model.safetensors")
+    ours = weights(tmp_path / "still")
+    stored = theirs["model.layers.1.mlp_block.down_proj.weight"]
+    assert torch.equal(ours["model.blocks.1.mlp.down.weight"], stored)
+    assert ours["model.embedding"].shape == (17, 16)
+
+    run(unit_shards, tmp_path / "whole", begun)
+    assert losses(tmp_path / "whole")[0] != losses(straight)[0]
+    cut = "+callbacks.cut._target_=tests_runtime_fault.PowerCut"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(unit_shards, tmp_path / "cut", begun, "callbacks.last.every_n_train_steps=2", cut)
+    run(unit_shards, tmp_path / "cut", begun)
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_run_folder_holds_what_the_contract_names(straight: Path) -> None:
     config = yaml.safe_load((straight / "config.yaml").read_text())
     assert config["model"]["width"] == 16 and config["run_folder"] == str(straight)
