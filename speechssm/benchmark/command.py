@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from speechssm.configuration import choose, conf_folder, group_options
 from speechssm.errors import ConfigError
 from speechssm.evaluation.command import device_of, named_model, run_details
-from speechssm.report.rows import Row
+from speechssm.report.rows import Row, config_hash
 
 
 def bench(config: Mapping[str, Any]) -> list[Row]:
@@ -53,7 +56,47 @@ def bench_scan(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
     return run_scan(config["out"], device=device_of(config), **options)
 
 
+def bench_lm_train(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
+    from speechssm.benchmark.lm_train import run_lm_train
+
+    name, griffin, transformer = model_pair(config, "griffin_tiny")
+    return run_lm_train(
+        config["out"],
+        name=name,
+        griffin=griffin,
+        transformer=transformer,
+        device=device_of(config),
+        seed=int(config.get("seed") or 0),
+        details={"config_hash": config_hash(griffin), "model": name},
+        **options,
+    )
+
+
+def model_pair(config: Mapping[str, Any], default: str) -> tuple[str, dict, dict]:
+    """The name of a Griffin in conf/model, its config, and that of the Transformer of its size.
+
+    Raises:
+        ConfigError: there is no such pair.
+    """
+    known = group_options("model")
+    pairs = [name for name in known if name.replace("griffin_", "transformer_", 1) in known]
+    pairs = [name for name in pairs if name.startswith("griffin_")]
+    name = choose("model", config.get("model") or default, pairs)
+    twin = name.replace("griffin_", "transformer_", 1)
+    return name, *(model_config(entry) for entry in (name, twin))
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The plain config of conf/model/NAME.yaml."""
+    content = OmegaConf.to_container(
+        OmegaConf.load(conf_folder() / "model" / f"{name}.yaml"), resolve=True
+    )
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
 SUBJECTS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], list[Row]]] = {
     "scan": bench_scan,
+    "lm-train": bench_lm_train,
     "pipeline": bench_pipeline,
 }

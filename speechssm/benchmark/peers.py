@@ -24,11 +24,16 @@ class MissingPeer(ConfigError):
 
 
 def named(package: str, what: str) -> str:
-    """`transformers 5.23.0, RecurrentGemma`."""
+    """`RecurrentGemma (transformers 5.23.0)`."""
     try:
-        return f"{package} {importlib.metadata.version(package)}, {what}"
+        return f"{what} ({package} {importlib.metadata.version(package)})"
     except importlib.metadata.PackageNotFoundError:
-        return f"{package}, {what}"
+        return f"{what} ({package})"
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def transformers_scan() -> tuple[str, Scan]:
@@ -49,7 +54,7 @@ def transformers_scan() -> tuple[str, Scan]:
         # The method looks at nothing of the layer it belongs to.
         return loop(None, input_BTD, gate_BTD, reset_BT1, None)[0]
 
-    return named("transformers", "_rnn_scan"), scan
+    return named("transformers", "RecurrentGemma's loop"), scan
 
 
 def deepmind_scan() -> tuple[str, Scan]:
@@ -58,7 +63,7 @@ def deepmind_scan() -> tuple[str, Scan]:
     Raises:
         MissingPeer: not installed.
     """
-    if importlib.util.find_spec("recurrentgemma") is None:
+    if not installed("recurrentgemma"):
         raise MissingPeer(f"DeepMind's recurrentgemma: {INSTALL}")
     with torch_half_of_recurrentgemma():
         loop = importlib.import_module("recurrentgemma.torch.layers").rnn_scan
@@ -67,7 +72,7 @@ def deepmind_scan() -> tuple[str, Scan]:
         reset_BT = torch.zeros_like(gate_BTD[..., 0], dtype=torch.bool)
         return loop(input_BTD, gate_BTD, reset_BT, None)[0]
 
-    return named("recurrentgemma", "rnn_scan"), scan
+    return named("recurrentgemma", "DeepMind's loop"), scan
 
 
 @contextlib.contextmanager
@@ -135,7 +140,7 @@ def recurrent_gemma(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
         MissingPeer: `transformers` is not installed.
         ConfigError: it cannot express the configuration.
     """
-    if importlib.util.find_spec("transformers") is None:
+    if not installed("transformers"):
         raise MissingPeer(f"transformers' RecurrentGemma: {INSTALL}")
     from speechssm.lm.checkpoints.export import to_transformers
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from speechssm.report.plots import Line, draw_lines, legend
-from speechssm.report.style import MUTED, figure
+from speechssm.report.style import MUTED, SERIES, figure
 from speechssm.report.tables import format_number
 
 DIRECTIONS = {"forward": "forward", "forward_backward": "forward and backward"}
@@ -45,11 +45,8 @@ def scan_figure(cells: Sequence[Mapping[str, Any]], default: str) -> Figure:
         cells: the section of bench.json: shape, floor, milliseconds.
         default: our backend of the device; it gets the first colour.
     """
-    systems: list[str] = []
-    for cell in cells:
-        systems += [entry["system"] for entry in cell["milliseconds"]
-                    if entry["system"] not in systems]  # fmt: skip
-    systems.sort(key=lambda system: system != default)
+    found = [entry["system"] for cell in cells for entry in cell["milliseconds"]]
+    systems = sorted(dict.fromkeys(found), key=lambda system: system != default)
     labels = ["{}·{}·{}".format(*cell["shape"]) for cell in cells]
     with figure(7.2, 3.6, columns=2, sharey=True) as (drawing, panels):
         for axes, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
@@ -62,7 +59,10 @@ def scan_figure(cells: Sequence[Mapping[str, Any]], default: str) -> Figure:
                     if entry["system"] == system and entry["direction"] == direction
                 ]
                 x, y = zip(*points, strict=True) if points else ((), ())
-                lines.append(Line(system.split(",")[0], x, y, colour=colour, markers=True))
+                name = system.split(" (")[0]
+                lines.append(
+                    Line(name, x, y, colour=colour, markers=True, dashed=colour >= len(SERIES))
+                )
             draw_lines(axes, lines)
             axes.axhline(1, color=MUTED, linewidth=1, linestyle=":")
             plain_ticks(axes)
@@ -160,7 +160,7 @@ def plot_by_length(
             for colour, system in enumerate(systems):
                 own = sorted((point for point in points if point["system"] == system),
                              key=lambda point: point[key])  # fmt: skip
-                lines.append(Line(system.split(",")[0], [point[key] for point in own],
+                lines.append(Line(system.split(" (")[0], [point[key] for point in own],
                                   [value(point) for point in own], colour=colour,
                                   markers=True))  # fmt: skip
             draw_lines(axes, lines)
