@@ -16,14 +16,20 @@ import torch
 from torch import nn
 
 from speechssm import __version__
-from speechssm.configuration import project_folder
-from speechssm.errors import CheckpointError
+from speechssm.configuration import choose, project_folder
+from speechssm.errors import CheckpointError, ConfigError
 from speechssm.runtime.resolvers import stage_name
 
 log = logging.getLogger(__name__)
 
 STAGES = ("tokenizer", "soundstream", "soundstorm", "lm")
-CHECKPOINTS = {"best-or-last": ("best", "last"), "best": ("best",), "last": ("last",)}
+CHECKPOINTS = {
+    "best-or-last": ("best", "last"),
+    "best": ("best",),
+    "last": ("last",),
+    "selected": ("selected",),
+}
+FORMATS = ("speechssm", "transformers")
 WEIGHTS_VARIABLE = "SPEECHSSM_WEIGHTS"
 
 
@@ -58,7 +64,8 @@ def load(
     Args:
         stage: `tokenizer`, `soundstream`, `soundstorm` or `lm`.
         name_or_path: see the head of this module.
-        checkpoint: of a run folder: `best-or-last`, `best` (smallest held-out loss) or `last`.
+        checkpoint: of a run folder: `best-or-last`, `best` (smallest held-out loss), `last`, or
+            `selected` (of a run with `select=...`).
         device: where the weights go.
 
     Returns:
@@ -260,6 +267,7 @@ def export(
     out: str | Path,
     *,
     checkpoint: str = "best-or-last",
+    format: str = "speechssm",
     data: str = "",
     licence: str = "",
 ) -> Path:
@@ -269,6 +277,8 @@ def export(
         name_or_path: as for `load`.
         out: folder, for example `data/weights/lm/NAME`.
         checkpoint: as for `load`.
+        format: `speechssm`, which `load` reads; or, for language models, `transformers`, which its
+            `AutoModelForCausalLM.from_pretrained` reads.
         data: the card's line on what it was trained on.
         licence: the card's line on the licence of the weights.
 
@@ -277,18 +287,52 @@ def export(
 
     Raises:
         CheckpointError: as `load`; or the file does not say its stage.
+        ConfigError: an unknown format, or one that cannot express the model; nothing is written.
     """
+    from speechssm.report.rows import write_text
+
+    choose("format", format, FORMATS)
+    source = find(None, name_or_path, checkpoint)
+    saved = read(source)
+    if saved.stage is None:
+        raise CheckpointError(f"{source} does not say which stage it is; export its run folder")
+    if format == "transformers" and saved.stage != "lm":
+        raise ConfigError(
+            f"{source} holds the stage {saved.stage}: format=transformers is for lm; use "
+            "format=speechssm"
+        )
+    model = build_model(saved)
+    out = Path(out)
+    if format == "transformers":
+        from speechssm.lm.checkpoints.export import write_transformers
+
+        config = write_transformers(
+            model, out, origin={"version": __version__, "details": saved.details}
+        )
+        use = (
+            "from transformers import AutoModelForCausalLM\n"
+            'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")\n'
+            f"# units are 0 ... {model.vocab_size - 1}; {model.bos_id} begins a document"
+        )
+        written_as = f" as transformers' `{config['architectures'][0]}`"
+    else:
+        write_own(model, saved, out)
+        use = f'from speechssm import load\nmodel = load("{saved.stage}", "THIS FOLDER")'
+        written_as = ""
+    text = card(saved, written_as, use, run_figures(source), data, licence)
+    write_text(out / "CARD.md", text)
+    size = (out / "model.safetensors").stat().st_size / 2**20
+    log.info("%s: %s, %.1f MiB", out, saved.stage, size)
+    return out
+
+
+def write_own(model: nn.Module, saved: Saved, out: Path) -> None:
+    """Write `model.safetensors` and `config.json` as `read_exported` reads them."""
     from safetensors.torch import save_file
 
     from speechssm.fingerprint import fingerprint
     from speechssm.report.rows import write_text
 
-    source = find(None, name_or_path, checkpoint)
-    saved = read(source)
-    if saved.stage is None:
-        raise CheckpointError(f"{source} does not say which stage it is; export its run folder")
-    model = build_model(saved)
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     # Copies, because tied parameters share memory, which the format does not allow.
     weights = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
@@ -303,10 +347,6 @@ def export(
         "details": saved.details,
     }
     write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
-    write_text(out / "CARD.md", card(saved, weights, run_figures(source), data, licence))
-    size = (out / "model.safetensors").stat().st_size / 2**20
-    log.info("%s: %s, %.1f MiB", out, saved.stage, size)
-    return out
 
 
 def run_figures(source: Path) -> list[str]:
@@ -324,22 +364,18 @@ def run_figures(source: Path) -> list[str]:
 
 
 def card(
-    saved: Saved,
-    weights: Mapping[str, torch.Tensor],
-    figures: list[str],
-    data: str,
-    licence: str,
+    saved: Saved, written_as: str, use: str, figures: list[str], data: str, licence: str
 ) -> str:
-    """The text of `CARD.md`."""
-    count = sum(value.numel() for value in weights.values())
+    """The text of `CARD.md`; `use` is the Python that loads the folder."""
+    count = sum(value.numel() for value in saved.weights.values())
     lines = [
         f"# {saved.stage}: {saved.details.get('run') or saved.path.parent.name}",
         "",
         f"`{saved.model.get('_target_')}`, {count / 1e6:.2f} M numbers, written by speechssm "
-        f"{__version__} after {saved.details.get('step')} steps.",
+        f"{__version__}{written_as} after {saved.details.get('step')} steps.",
         "",
         "```python",
-        f'from speechssm import load\nmodel = load("{saved.stage}", "THIS FOLDER")',
+        use,
         "```",
         "",
         f"- Data: {data or 'not stated'}",

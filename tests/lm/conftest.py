@@ -1,29 +1,31 @@
-"""What tests of the language model share."""
+"""What tests of the language model share: the libraries that it is compared with."""
 
-import warnings
-from collections.abc import Callable
+import importlib.util
+import sys
+import types
+from pathlib import Path
 
 import pytest
-from torch.profiler import ProfilerActivity, profile
 
 
-@pytest.fixture
-def peak_bytes() -> Callable[[Callable[[], object]], int]:
-    """The most memory that torch's CPU allocator has handed out at once during a call, in bytes.
+@pytest.fixture(scope="session")
+def transformers():
+    """The library; without it the test is skipped."""
+    return pytest.importorskip("transformers", reason="extra: dev")
 
-    Counts every allocation, those of custom operators and of the backward pass included.
-    """
 
-    def measure(function: Callable[[], object]) -> int:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-                function()
-        held = peak = 0
-        for event in profiler.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak
-
-    return measure
+@pytest.fixture(scope="module")
+def recurrentgemma():
+    """(torch, common) of the package: its `__init__` would import JAX and Flax too."""
+    spec = importlib.util.find_spec("recurrentgemma")
+    if spec is None:
+        pytest.skip("recurrentgemma is not installed (extra: dev)")
+    package = types.ModuleType("recurrentgemma")
+    package.__path__ = [str(Path(spec.origin).parent)]
+    sys.modules["recurrentgemma"] = package
+    yield (
+        importlib.import_module("recurrentgemma.torch"),
+        importlib.import_module("recurrentgemma.common"),
+    )
+    for name in [name for name in sys.modules if name.split(".")[0] == "recurrentgemma"]:
+        del sys.modules[name]

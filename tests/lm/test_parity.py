@@ -1,107 +1,32 @@
 """Parity with independent implementations, on random weights in float32.
 
-Griffin: DeepMind's PyTorch code (`recurrentgemma`), in one forward pass and then token by token
-against its caches, past the attention window. The Transformer: Gemma of `transformers`.
+Griffin: DeepMind's PyTorch code (`recurrentgemma`) and `transformers`' RecurrentGemma. The
+Transformer: Gemma of `transformers`. Each in one forward pass, then token by token against their
+caches and in chunks of ours, past the attention window; gradients too.
+The weights pass through the converters of `speechssm.lm.checkpoints`.
 """
 
-import importlib.util
-import sys
-import types
-from pathlib import Path
+import importlib
+import math
 
 import pytest
 import torch
 
+from speechssm.lm.checkpoints.export import to_transformers
+from speechssm.lm.checkpoints.initialise import initialise_from
+from speechssm.lm.checkpoints.layouts import layout_of
 from speechssm.lm.griffin import Griffin
 from speechssm.lm.transformer import Transformer
+from speechssm.recurrence.rg_lru import RGLRU
 
 VOCABULARY = 19  # units and BOS
-
-
-@pytest.fixture(scope="module")
-def recurrentgemma():
-    """The PyTorch half of the package: its `__init__` would import JAX and Flax too."""
-    spec = importlib.util.find_spec("recurrentgemma")
-    if spec is None:
-        pytest.skip("recurrentgemma is not installed (extra: dev)")
-    package = types.ModuleType("recurrentgemma")
-    package.__path__ = [str(Path(spec.origin).parent)]
-    sys.modules["recurrentgemma"] = package
-    yield (
-        importlib.import_module("recurrentgemma.torch"),
-        importlib.import_module("recurrentgemma.common"),
-    )
-    for name in [name for name in sys.modules if name.split(".")[0] == "recurrentgemma"]:
-        del sys.modules[name]
-
-
-def griffin_weights(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Their state dict under our names."""
-    ours = {"embedding": theirs.pop("embedder.input_embedding")}
-    renames = {
-        "temporal_pre_norm.scale": "temporal_norm.scale",
-        "channel_pre_norm.scale": "mlp_norm.scale",
-        "recurrent_block.linear_y": "temporal.gate",
-        "recurrent_block.linear_x": "temporal.input",
-        "recurrent_block.linear_out": "temporal.output",
-        "recurrent_block.conv_1d.w": "temporal.conv.weight",
-        "recurrent_block.conv_1d.b": "temporal.conv.bias",
-        "recurrent_block.rg_lru.a_param": "temporal.rg_lru.decay",
-        "recurrent_block.rg_lru.input_gate.w": "temporal.rg_lru.input_gate.weight",
-        "recurrent_block.rg_lru.input_gate.b": "temporal.rg_lru.input_gate.bias",
-        "recurrent_block.rg_lru.a_gate.w": "temporal.rg_lru.recurrence_gate.weight",
-        "recurrent_block.rg_lru.a_gate.b": "temporal.rg_lru.recurrence_gate.bias",
-        "attention_block.proj_q": "temporal.query",
-        "attention_block.proj_k": "temporal.key",
-        "attention_block.proj_v": "temporal.value",
-        "attention_block.proj_final": "temporal.output",
-        "mlp_block.ffw_down": "mlp.down",
-    }
-    for name, tensor in theirs.items():
-        if name.endswith("ffw_up.w") or name.endswith("ffw_up.b"):
-            prefix = name.split("mlp_block")[0]
-            kind = "weight" if name.endswith("w") else "bias"
-            for part, branch in zip(tensor, ("gate", "up"), strict=True):
-                ours[f"{prefix}mlp.{branch}.{kind}"] = (
-                    part.mT if kind == "weight" else part.view(-1)
-                )
-            continue
-        if name.endswith("gate.b"):
-            tensor = tensor.flatten()
-        for old, new in renames.items():
-            name = name.replace(old, new)
-        ours[name] = tensor
-    return ours
+WINDOW = 9  # keys, the position itself included
 
 
 def randomise(module: torch.nn.Module) -> None:
     """Weights away from their special initial values, biases and norms included."""
     for parameter in module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-
-
-@pytest.fixture(scope="module")
-def griffins(recurrentgemma):
-    library, common = recurrentgemma
-    torch.manual_seed(0)
-    kinds = common.TemporalBlockType
-    config = common.GriffinConfig(
-        vocab_size=VOCABULARY,
-        width=32,
-        mlp_expanded_width=96,
-        num_heads=4,
-        lru_width=48,
-        block_types=(kinds.RECURRENT, kinds.RECURRENT, kinds.ATTENTION, kinds.RECURRENT),
-        embeddings_scale_by_sqrt_dim=True,
-        attention_window_size=8,
-        logits_soft_cap=30.0,
-    )
-    theirs = library.Griffin(config, gradient_checkpointing=False)
-    randomise(theirs)
-    # Their window does not count the position itself.
-    ours = Griffin(VOCABULARY - 1, 32, 4, 4, lru_width=48, window=9, positions="rotary")
-    ours.load_state_dict(griffin_weights(theirs.state_dict()))
-    return ours, theirs
 
 
 def our_logits(model, hidden):
@@ -113,6 +38,38 @@ def our_logits(model, hidden):
     return logits
 
 
+def assert_equal(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def griffins(recurrentgemma, tmp_path_factory):
+    """DeepMind's Griffin and ours with its weights, imported from its state dict in a file."""
+    library, common = recurrentgemma
+    torch.manual_seed(0)
+    kinds = common.TemporalBlockType
+    config = common.GriffinConfig(
+        vocab_size=VOCABULARY,
+        width=32,
+        mlp_expanded_width=96,
+        num_heads=4,
+        lru_width=48,
+        block_types=(kinds.RECURRENT, kinds.RECURRENT, kinds.ATTENTION, kinds.RECURRENT),
+        embeddings_scale_by_sqrt_dim=True,
+        attention_window_size=WINDOW - 1,  # theirs does not count the position itself
+        logits_soft_cap=30.0,
+    )
+    theirs = library.Griffin(config, gradient_checkpointing=False)
+    randomise(theirs)
+    ours = Griffin(VOCABULARY - 1, 32, 4, 4, lru_width=48, window=WINDOW, positions="rotary")
+    file = tmp_path_factory.mktemp("deepmind") / "griffin.pt"
+    torch.save(theirs.state_dict(), file)
+    initialise_from(ours, file)
+    with torch.no_grad():
+        ours.embedding.copy_(theirs.embedder.input_embedding)
+    return ours, theirs
+
+
 @torch.no_grad()
 def test_griffin_equals_recurrentgemma_on_packed_documents(griffins):
     ours, theirs = griffins
@@ -120,7 +77,7 @@ def test_griffin_equals_recurrentgemma_on_packed_documents(griffins):
     segment_pos = torch.stack([torch.cat([torch.arange(17), torch.arange(23)]), torch.arange(40)])
     expected, _ = theirs(tokens, segment_pos)
     hidden, _ = ours(tokens, segment_pos == 0)
-    torch.testing.assert_close(our_logits(ours, hidden), expected, atol=1e-4, rtol=1e-4)
+    assert_equal(our_logits(ours, hidden), expected)
 
 
 @torch.no_grad()
@@ -131,12 +88,26 @@ def test_griffin_decodes_like_recurrentgemma_past_the_window(griffins):
     expected, cache = theirs(tokens[:, :12], segment_pos[:, :12])
     state = ours.initial_state(2)
     hidden, state = ours(tokens[:, :12], segment_pos[:, :12] == 0, state)
-    torch.testing.assert_close(our_logits(ours, hidden), expected, atol=1e-4, rtol=1e-4)
+    assert_equal(our_logits(ours, hidden), expected)
     for t in range(12, 40):
         step = slice(t, t + 1)
         expected, cache = theirs(tokens[:, step], segment_pos[:, step], cache)
         hidden, state = ours(tokens[:, step], None, state)
-        torch.testing.assert_close(our_logits(ours, hidden), expected, atol=1e-4, rtol=1e-4)
+        assert_equal(our_logits(ours, hidden), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 5, 13, 40])
+def test_griffin_prefills_in_chunks_what_recurrentgemma_sees_at_once(griffins, chunk):
+    ours, theirs = griffins
+    tokens = torch.randint(0, VOCABULARY, (2, 40))
+    segment_pos = torch.arange(40).expand(2, 40)
+    expected, _ = theirs(tokens, segment_pos)
+    state = ours.initial_state(2)
+    for part, start in zip(tokens.split(chunk, 1), (segment_pos == 0).split(chunk, 1), strict=True):
+        hidden, state = ours(part, start, state)
+        assert_equal(our_logits(ours, hidden), expected[:, : part.shape[1]])
+        expected = expected[:, part.shape[1] :]
 
 
 def test_griffin_has_the_gradients_of_recurrentgemma(griffins):
@@ -148,14 +119,155 @@ def test_griffin_has_the_gradients_of_recurrentgemma(griffins):
     weight = torch.randn(2, 20, VOCABULARY)
     (theirs(tokens, segment_pos)[0] * weight).mean().backward()
     (our_logits(ours, ours(tokens, segment_pos == 0)[0]) * weight).mean().backward()
-    expected = griffin_weights({name: p.grad for name, p in theirs.named_parameters()})
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    layout = layout_of(ours, "deepmind")
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
+        expected = layout[name].read(gradients[layout[name].name])
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_rg_lru_has_the_gradients_of_recurrentgemmas_in_float64(recurrentgemma, backend):
+    """Theirs is float64 but for its state, ours float32."""
+    layers = importlib.import_module("recurrentgemma.torch.layers")
+    torch.manual_seed(0)
+    theirs = layers.RGLRU(width=24, num_heads=4, dtype=torch.float64)
+    randomise(theirs)
+    ours = RGLRU(24, 4, scan_backend=backend)
+    with torch.no_grad():
+        ours.decay.copy_(theirs.a_param)
+        ours.input_gate.weight.copy_(theirs.input_gate.w)
+        ours.input_gate.bias.copy_(theirs.input_gate.b.flatten())
+        ours.recurrence_gate.weight.copy_(theirs.a_gate.w)
+        ours.recurrence_gate.bias.copy_(theirs.a_gate.b.flatten())
+    x = torch.randn(2, 50, 24)
+    segment_pos = torch.stack([torch.arange(50), torch.cat([torch.arange(20), torch.arange(30)])])
+    weight = torch.randn(2, 50, 24)
+    their_x = x.double().requires_grad_()
+    our_x = x.clone().requires_grad_()
+    expected, _ = theirs(their_x, segment_pos)
+    states, _ = ours(our_x, segment_pos == 0)
+    torch.testing.assert_close(states, expected.float(), atol=1e-5, rtol=1e-5)
+    (expected * weight).sum().backward()
+    (states * weight).sum().backward()
+    for mine, other in (
+        (our_x.grad, their_x.grad),
+        (ours.decay.grad, theirs.a_param.grad),
+        (ours.input_gate.weight.grad, theirs.input_gate.w.grad),
+        (ours.recurrence_gate.weight.grad, theirs.a_gate.w.grad),
+        (ours.recurrence_gate.bias.grad, theirs.a_gate.b.grad.flatten()),
+    ):
+        torch.testing.assert_close(mine, other.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_decay_starts_in_the_range_of_recurrentgemma(recurrentgemma):
+    """exp(-softplus(decay)) in [0.9, 0.999], uniform in its square, as theirs is."""
+    layers = importlib.import_module("recurrentgemma.torch.layers")
+    torch.manual_seed(0)
+    ours = RGLRU(8192, 4).decay.detach()
+    theirs = layers.RGLRU(width=8192, num_heads=4).a_param.detach()
+    for decay in (ours, theirs):
+        squares = torch.exp(-2 * torch.nn.functional.softplus(decay))
+        assert squares.min() >= 0.9**2 - 1e-4 and squares.max() <= 0.999**2 + 1e-4
+        uniform = torch.linspace(0.9**2, 0.999**2, 8192)
+        assert (squares.sort().values - uniform).abs().max() < 0.005
+
+
+GRIFFINS = {
+    "the paper's": {"positions": "none"},
+    "RecurrentGemma's": {"positions": "rotary"},
+    "fully rotated": {"positions": "rotary", "rotary_fraction": 1.0},
+    "wide recurrence": {"lru_width": 48},
+    "another pattern": {"block_pattern": ("attention", "recurrent"), "conv_width": 3},
+    "another scale": {"embedding_scale": 4.0, "logits_soft_cap": 5.0},
+}
+
+
+@pytest.fixture(params=GRIFFINS)
+def twins(request, transformers):
+    """A Griffin and `transformers`' RecurrentGemma with its weights."""
+    torch.manual_seed(0)
+    ours = Griffin(VOCABULARY - 1, 32, 4, 4, window=WINDOW, **GRIFFINS[request.param])
+    randomise(ours)
+    return ours, to_transformers(ours)
+
+
+def decode(transformers, model, tokens, prefill):
+    """Logits `[B, T, V + 1]` of `transformers`: a chunk first, then token by token by the cache."""
+    cache = transformers.DynamicCache(config=model.config)
+    logits = [model(tokens[:, :prefill], use_cache=True, past_key_values=cache).logits]
+    for t in range(prefill, tokens.shape[1]):
+        step = model(tokens[:, t : t + 1], use_cache=True, past_key_values=cache)
+        logits.append(step.logits)
+    return torch.cat(logits, dim=1)
 
 
 @torch.no_grad()
-def test_transformer_equals_gemma_in_one_pass_and_token_by_token():
-    transformers = pytest.importorskip("transformers", reason="extra: dev")
+def test_griffin_equals_recurrentgemma_of_transformers(twins):
+    ours, theirs = twins
+    tokens = torch.randint(0, VOCABULARY, (2, 40))
+    start = torch.zeros(2, 40, dtype=torch.bool)
+    start[:, 0] = True
+    expected = theirs(tokens, use_cache=False).logits
+    assert expected.std() > 0.5
+    assert_equal(our_logits(ours, ours(tokens, start)[0]), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_griffin_decodes_like_transformers_past_the_window(twins, transformers, chunk):
+    ours, theirs = twins
+    tokens = torch.randint(0, VOCABULARY, (2, 40))
+    expected = decode(transformers, theirs, tokens, prefill=5)
+    start = torch.zeros(2, 40, dtype=torch.bool)
+    start[:, 0] = True
+    state = ours.initial_state(2)
+    logits = []
+    for part, part_start in zip(tokens.split(chunk, 1), start.split(chunk, 1), strict=True):
+        hidden, state = ours(part, part_start, state)
+        logits.append(our_logits(ours, hidden))
+    assert_equal(torch.cat(logits, 1), expected)
+
+
+def test_griffin_has_the_gradients_of_transformers(transformers):
+    torch.manual_seed(0)
+    ours = Griffin(VOCABULARY - 1, 32, 4, 4, lru_width=48, window=WINDOW)
+    randomise(ours)
+    theirs = to_transformers(ours)
+    tokens = torch.randint(0, VOCABULARY, (2, 30))
+    start = torch.arange(30).expand(2, 30) == 0
+    weight = torch.randn(2, 30, VOCABULARY)
+    (theirs(tokens, use_cache=False).logits * weight).mean().backward()
+    (our_logits(ours, ours(tokens, start)[0]) * weight).mean().backward()
+    gradients = {name: p.grad for name, p in theirs.model.named_parameters()}
+    layout = layout_of(ours, "recurrent_gemma")
+    assert set(gradients) == {there.name for there in layout.values()}
+    for name, parameter in ours.named_parameters():
+        expected = layout[name].read(gradients[layout[name].name])
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_window_is_that_of_transformers(transformers):
+    """One key more or less would be seen: the comparison above can tell."""
+    torch.manual_seed(0)
+    ours = Griffin(VOCABULARY - 1, 32, 3, 4, window=WINDOW)
+    randomise(ours)
+    theirs = to_transformers(ours)
+    tokens = torch.randint(0, VOCABULARY, (1, WINDOW + 3))
+    expected = theirs(tokens, use_cache=False).logits
+    for window, equal in ((WINDOW - 1, False), (WINDOW, True), (WINDOW + 1, False)):
+        other = Griffin(VOCABULARY - 1, 32, 3, 4, window=window)
+        other.load_state_dict(ours.state_dict())
+        start = torch.arange(WINDOW + 3)[None] == 0
+        difference = (our_logits(other, other(tokens, start)[0]) - expected).abs()
+        assert (difference.max() < 1e-4) == equal
+        assert difference[:, : WINDOW - 1].max() < 1e-4
+
+
+@pytest.fixture
+def gemmas(transformers, tmp_path):
+    """`transformers`' Gemma and a Transformer with its weights, imported from its folder."""
     torch.manual_seed(0)
     config = transformers.GemmaConfig(
         vocab_size=VOCABULARY,
@@ -170,38 +282,48 @@ def test_transformer_equals_gemma_in_one_pass_and_token_by_token():
     )
     theirs = transformers.GemmaForCausalLM(config).eval()
     randomise(theirs)
-    weights = {}
-    for name, tensor in theirs.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        name = name.replace("model.layers.", "blocks.").replace(
-            "model.norm.weight", "final_norm.scale"
-        )
-        for old, new in {
-            "model.embed_tokens.weight": "embedding",
-            "input_layernorm.weight": "temporal_norm.scale",
-            "post_attention_layernorm.weight": "mlp_norm.scale",
-            "self_attn.q_proj": "temporal.query",
-            "self_attn.k_proj": "temporal.key",
-            "self_attn.v_proj": "temporal.value",
-            "self_attn.o_proj": "temporal.output",
-            "gate_proj": "gate",
-            "up_proj": "up",
-            "down_proj": "down",
-        }.items():
-            name = name.replace(old, new)
-        weights[name] = tensor
-    ours = Transformer(VOCABULARY - 1, 32, 3, 4, mlp_width=80, max_positions=64)
-    ours.load_state_dict(weights)
+    theirs.save_pretrained(tmp_path)
     # Gemma rounds the embedding's factor to the model's dtype, RecurrentGemma to bfloat16.
-    ours.embedding_scale = 32**0.5
+    ours = Transformer(
+        VOCABULARY - 1,
+        32,
+        3,
+        4,
+        mlp_width=80,
+        max_positions=64,
+        embedding_scale=math.sqrt(32),
+    )
+    initialise_from(ours, tmp_path)
+    with torch.no_grad():
+        ours.embedding.copy_(theirs.model.embed_tokens.weight)
+    return ours, theirs
+
+
+@torch.no_grad()
+def test_transformer_equals_gemma_in_one_pass_and_token_by_token(gemmas, transformers):
+    ours, theirs = gemmas
     tokens = torch.randint(0, VOCABULARY, (2, 30))
     expected = theirs(tokens).logits
-    hidden, _ = ours(tokens)
-    torch.testing.assert_close(our_logits(ours, hidden), expected, atol=1e-4, rtol=1e-4)
-    state = ours.initial_state(2)
-    for t in range(30):
-        hidden, state = ours(tokens[:, t : t + 1], None, state)
+    assert_equal(our_logits(ours, ours(tokens)[0]), expected)
+    expected = decode(transformers, theirs, tokens, prefill=4)
+    for chunk in (1, 11):
+        state = ours.initial_state(2)
+        logits = []
+        for part in tokens.split(chunk, 1):
+            hidden, state = ours(part, None, state)
+            logits.append(our_logits(ours, hidden))
+        assert_equal(torch.cat(logits, 1), expected)
+
+
+@torch.no_grad()
+def test_transformer_becomes_gemma(gemmas, transformers):
+    ours, _ = gemmas
+    rounded = Transformer(VOCABULARY - 1, 32, 3, 4, mlp_width=80)
+    rounded.load_state_dict(ours.state_dict())
+    assert rounded.embedding_scale != ours.embedding_scale
+    tokens = torch.randint(0, VOCABULARY, (2, 30))
+    for model in (ours, rounded):
+        expected = to_transformers(model)(tokens).logits
         torch.testing.assert_close(
-            our_logits(ours, hidden)[:, 0], expected[:, t], atol=1e-4, rtol=1e-4
+            our_logits(model, model(tokens)[0]), expected, atol=1e-5, rtol=1e-5
         )

@@ -102,15 +102,18 @@ def to_transformers(model: LanguageModel) -> torch.nn.Module:
     return twin
 
 
-def write_transformers(model: LanguageModel, out: Path) -> dict[str, Any]:
+def write_transformers(
+    model: LanguageModel, out: Path, origin: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Write `model.safetensors`, `config.json` and `generation_config.json` for `transformers`.
 
     The weights go from the model's own memory to the file; `AutoModelForCausalLM.from_pretrained`
     reads the folder. The generation config forbids BOS, which is never sampled here either.
 
     Args:
-        model: on the CPU or not.
-        out: an existing folder.
+        model: what to write.
+        out: folder, made where it is missing.
+        origin: where the model comes from, kept in the config under "speechssm".
 
     Returns:
         The config.
@@ -121,16 +124,17 @@ def write_transformers(model: LanguageModel, out: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     check_expressible(model)
-    config = describe(model)
+    out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".model.safetensors"
     save_file(dict(their_tensors(model)), temporary, metadata={"format": "pt"})
     os.replace(temporary, out / "model.safetensors")
+    config = describe(model) | ({} if origin is None else {"speechssm": origin})
     generation = {
         "bos_token_id": model.bos_id,
         "suppress_tokens": [model.bos_id],
         "do_sample": True,
-        "top_k": 0,
         "temperature": 1.0,
+        "top_k": 0,  # theirs is 50
     }
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(content, indent=1) + "\n")

@@ -1,10 +1,11 @@
 """Checkpoints of other libraries on disk: what is in them, and one tensor at a time.
 
-Tensors are mapped into memory, not read: a view of the file's pages. A mapping is given back after
-some tens of megabytes, because the pages that were looked at count as the process's memory.
+Tensors are mapped into memory, not read: views of the file's pages. The pages that were looked at
+count as the process's memory, so a mapping is given back after a small share of the checkpoint.
 """
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +21,23 @@ TORCH_SUFFIXES = (".pt", ".pth")
 # Keys under which a torch file may keep its state dict, beside an optimiser or a step.
 NESTS = ("model", "state_dict", "model_state_dict", "params")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAPPED_BYTES = 64 * 2**20
+MAPPED_SHARE = 1 / 32  # of the checkpoint's bytes; one tensor can be more
 
 Reader = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file. `dtype` is None where it is no floating-point number of full value."""
+    """A tensor in a file; `dtype` is None where it is quantised or holds integers."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * (self.dtype or torch.int8).itemsize
 
 
 class Checkpoint:
@@ -59,16 +65,16 @@ class Checkpoint:
         self._reader: Reader | None = None
         self._file: Path | None = None
         self._mapped = 0
+        self._limit = MAPPED_SHARE * sum(stored.size for stored in self.tensors.values())
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` as a view of the file; to be dropped before the next is read."""
         stored = self.tensors[name]
-        if self._file != stored.file or self._mapped > MAPPED_BYTES:
+        if self._file != stored.file or self._mapped > self._limit:
             self._reader = None  # gives the old mapping back before there is a new one
             self._reader, self._file, self._mapped = open_reader(stored.file), stored.file, 0
-        tensor = self._reader(name)
-        self._mapped += tensor.nbytes
-        return tensor
+        self._mapped += stored.size
+        return self._reader(name)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import torch
 from speechssm.errors import CheckpointError
 from speechssm.lm.backbone import LanguageModel
 from speechssm.lm.checkpoints.configs import differences, family_of, positions_there
-from speechssm.lm.checkpoints.files import Checkpoint
+from speechssm.lm.checkpoints.files import Checkpoint, Stored
 from speechssm.lm.checkpoints.layouts import Layout, layout_of
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def initialise_from(model: LanguageModel, path: str | Path) -> ImportReport:
     family, prefix = recognise(checkpoint)
     check_family(model, checkpoint, family)
     layout = layout_of(model, family)
-    ignored = check_tensors(layout, checkpoint, prefix)
+    ignored = check_tensors(layout, checkpoint.tensors, prefix, checkpoint.path)
 
     parameters = {ours: tensor for ours, tensor in model.state_dict().items() if ours not in FRESH}
     stored = checkpoint.tensors
@@ -155,13 +155,12 @@ def check_family(model: LanguageModel, checkpoint: Checkpoint, family: str) -> N
         )
 
 
-def check_tensors(layout: Layout, checkpoint: Checkpoint, prefix: str) -> list[str]:
-    """Raises CheckpointError unless every tensor of either side has its place; returns the rest.
+def check_tensors(layout: Layout, stored: dict[str, Stored], prefix: str, path: Path) -> list[str]:
+    """Raises CheckpointError unless every tensor of either side has its place.
 
     Returns:
         Names of theirs that are ignored on purpose.
     """
-    stored = checkpoint.tensors
     embedding = prefix + layout["embedding"].name
     expected = {
         prefix + there.name: there.shape for ours, there in layout.items() if ours not in FRESH
@@ -172,18 +171,17 @@ def check_tensors(layout: Layout, checkpoint: Checkpoint, prefix: str) -> list[s
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which has no place"
         raise CheckpointError(
-            f"{checkpoint.path} {problem} ({len(missing)} tensors missing, {len(unexpected)} "
+            f"{path} {problem} ({len(missing)} tensors missing, {len(unexpected)} "
             "unexpected): the model= and this checkpoint do not belong together"
         )
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is {list(stored[name].shape)}, the model needs "
+                f"{path}: {name} is {list(stored[name].shape)}, the model needs "
                 f"{list(shape)}: choose the model= of that size"
             )
         if stored[name].dtype is None:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is quantised or no floating-point tensor: use the "
-                "original weights"
+                f"{path}: {name} is quantised or no floating-point tensor: use the original weights"
             )
     return ignored
