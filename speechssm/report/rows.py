@@ -34,7 +34,8 @@ class Row:
     Args:
         name: the metric, for example `nats_per_unit`.
         system: what was measured, for example `griffin 16min` or the baseline `unigram`.
-        split: `train`, `heldout`, or empty where there is no data.
+        split: `train`, `heldout`, `selection` (some held-out documents), or empty where there is
+            no data.
         value: the number; None where it could not be computed.
         unit: unit of `value`, `low` and `high`, for example `nats/unit`, `dB`, `KiB/window`.
         low, high: 95% interval; None where there is none.

@@ -24,10 +24,14 @@ WITHOUT_RESULT = {
     "paths",
     "logger",
     "callbacks",
+    "select",
     "launcher",
 }
 WITHOUT_RESULT_IN = {
     "data": {"num_workers", "pin_memory"},
+    # Two ways to the same numbers up to rounding.
+    "optimizer": {"fused"},
+    "stage": {"compile"},
     "trainer": {
         "max_steps",  # a run may be made longer
         "log_every_n_steps",
@@ -142,7 +146,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(node, Mapping):
             for key, value in node.items():
                 walk(value, (*path, str(key)))
-        else:
+        elif node is not None:  # null is what an option means that was not there yet
             flat[".".join(path)] = canonical_path(node)
 
     walk(config, ())

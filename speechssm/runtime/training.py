@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from omegaconf import DictConfig
 
 from speechssm.configuration import explain
-from speechssm.errors import CheckpointError, SpeechSSMError
+from speechssm.errors import CheckpointError, ConfigError, SpeechSSMError
 from speechssm.report.rows import Row, config_hash, write_rows
 from speechssm.runtime.callbacks import ContinueLogs, MarkStage, StepSeeds, ValidateAtEnd
 from speechssm.runtime.checkpoint_io import AtomicCheckpointIO
@@ -34,6 +34,7 @@ from speechssm.runtime.run_folder import (
     plain_config,
     run_hash,
 )
+from speechssm.runtime.selection import KeepCandidates, Selection, select_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     ]
     callbacks.append(MarkStage(stage, config["name"], run_hash(config)))
     callbacks += [StepSeeds(config["seed"]), ValidateAtEnd(), ContinueLogs(), *data_callbacks()]
+    selection = None if trial else build_selection(config)
+    if selection is not None:
+        steps = selection.steps(max_steps(config))
+        callbacks.append(KeepCandidates(run.last.parent, steps))
     loggers = [] if trial else build_loggers(config, run)
     for logger in loggers:
         logger.log_hyperparams({**config, "config_hash": run_hash(config)})
@@ -190,17 +195,52 @@ def train(cfg: DictConfig) -> dict[str, float]:
             for name, value in trainer.callback_metrics.items()
             if name.startswith(("train/", "val/")) and value.numel() == 1
         }
+        if not metrics and run.metrics.is_file():  # the last step was done, what follows was not
+            metrics = finished_metrics(run)
         if not trial:
             trainer.save_checkpoint(run.last)
             if trainer.is_global_zero:
                 rows = result_rows(config, stage, model, module, metrics)
                 rows += cost_rows(config, stage, model, time.monotonic() - started)
                 section = {"finished": True, "steps": trainer.global_step, "stage": stage}
+                if selection is not None:
+                    # The metrics are safe before the ranking, which may take long, begins.
+                    write_rows(run.metrics, rows, run=section | {"finished": False})
+                    device = trainer.strategy.root_device
+                    rows += select_checkpoint(
+                        selection,
+                        run.folder,
+                        config["data"]["folder"],
+                        max_steps(config),
+                        # Each length of a document would be a program to compile.
+                        torch.device("cpu") if device.type == "xla" else device,
+                        config["name"],
+                        identity(config, stage, model),
+                    )
                 write_rows(run.metrics, rows, run=section)
         log.info("%s: %s", config["name"], summary(metrics))
         return metrics
     finally:
         close_loggers()
+
+
+def build_selection(config: Mapping[str, Any]) -> Selection | None:
+    """What `select=` asks for; None for `select=none`.
+
+    Raises:
+        ConfigError: a wrong value, or a training whose checkpoints cannot be ranked.
+    """
+    node = config.get("select") or {}
+    if not node.get("metric"):
+        return None
+    if stage_name(config["stage"]["_target_"]) != "lm":
+        raise ConfigError("select= ranks language models (stage=lm): of others, set select=none")
+    if "fsdp" in str(config["trainer"].get("strategy")):
+        raise ConfigError(
+            "select= reads whole checkpoints, and trainer.strategy=fsdp writes shards: set "
+            "select=none"
+        )
+    return build(node, "select")
 
 
 def fit(

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import SingleDeviceXLAStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from speechssm.errors import ConfigError
-from speechssm.runtime.checkpoint_io import save_atomically
+from speechssm.runtime.checkpoint_io import save_atomically, without
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 
@@ -155,6 +155,7 @@ class AtomicXLACheckpointIO(XLACheckpointIO):
     ) -> None:
         import torch_xla.core.xla_model as xm
 
+        checkpoint = without(checkpoint, storage_options)
         save_atomically(xm._maybe_convert_to_cpu(checkpoint, convert=True), Path(path))
 
 
