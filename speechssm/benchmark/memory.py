@@ -5,7 +5,7 @@ import functools
 import gc
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -80,14 +80,3 @@ def read_memory() -> MemoryReading:
         tensor_bytes(),
         psutil.Process().memory_info().rss,
     )
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of all tensors in a nested state of tuples, lists and mappings."""
-    if isinstance(state, torch.Tensor):
-        return state.element_size() * state.numel()
-    if isinstance(state, dict):
-        return sum(map(state_bytes, state.values()))
-    if isinstance(state, (tuple, list)):
-        return sum(map(state_bytes, state))
-    return 0

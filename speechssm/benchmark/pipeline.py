@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechssm.benchmark.memory import MemoryReading, read_memory, state_bytes
+from speechssm.benchmark.memory import MemoryReading, read_memory
+from speechssm.benchmark.positions import fit_state
 from speechssm.errors import ConfigError
 from speechssm.evaluation.results import progress_bar, write_results
 from speechssm.evaluation.statistics import Slope, fit_slope
+from speechssm.nn.state import state_bytes
 from speechssm.pipeline import generate
 from speechssm.report.figures import memory_figure, state_figure
 from speechssm.report.rows import Comparison, Row
@@ -264,9 +266,10 @@ def measure_positions(
         return torch.randint(lm.vocab_size, (1, length), generator=generator).to(device)
 
     places = measured_positions(steps, last)
-    state = lm.initial_state(1, max_positions=last)
+    state = lm.initial_state(1, max_positions=places[0])
     position, points = 0, []
     for place in places:
+        state = fit_state(lm, state, place)
         while position < place - steps:
             length = min(chunk, place - steps - position)
             _, state = lm(tokens(length), state=state)
@@ -286,9 +289,7 @@ def measure_positions(
         points.append(
             {
                 "position": position,
-                # Of a state made for just so many tokens: an attention cache may be made in full
-                # at the start, and would seem not to grow.
-                "state_bytes": state_bytes(lm.initial_state(1, max_positions=position)),
+                "state_bytes": state_bytes(state),
                 "milliseconds": float(middle),
                 "low": float(low),
                 "high": float(high),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speechssm.benchmark import pipeline
-from speechssm.benchmark.memory import allocated_bytes, read_memory, state_bytes, tensor_bytes
+from speechssm.benchmark.memory import allocated_bytes, read_memory, tensor_bytes
 from speechssm.benchmark.pipeline import (
     measure_positions,
     measure_windows,
@@ -100,11 +100,6 @@ def test_allocated_bytes_see_an_array():
     array = np.ones(1_000_000)
     assert allocated_bytes() - before == pytest.approx(8_000_000, rel=0.01)
     assert array.sum() == 1_000_000 and read_memory().resident > 0
-
-
-def test_state_bytes_count_all_tensors_of_a_nested_state():
-    state = (torch.zeros(2, 3), [torch.zeros(4, dtype=torch.int64)], {"a": torch.zeros(1)}, None)
-    assert state_bytes(state) == 24 + 32 + 4
 
 
 def test_positions_double_up_to_the_last():
