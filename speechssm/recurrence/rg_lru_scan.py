@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from speechssm.errors import ConfigError
-from speechssm.recurrence.scan import check_backend, default_backend, linear_scan
+from speechssm.recurrence.scan import check_arguments, choose_backend, linear_scan
 
 MAX_SQRT_GRADIENT = 1000.0
 
@@ -109,16 +108,15 @@ def rg_lru_scan(
         states_BTD in the dtype of `x_BTD`, and last_BD in float32.
 
     Raises:
-        ConfigError: shapes that do not fit, T = 0, or an unknown backend.
+        ConfigError: as `linear_scan`.
     """
-    check_backend(backend)
-    shapes = {tuple(tensor.shape) for tensor in (input_logit_BTD, recurrence_logit_BTD, x_BTD)}
-    if len(shapes) > 1 or x_BTD.dim() != 3 or x_BTD.shape[1] == 0:
-        raise ConfigError(
-            f"rg_lru_scan: logits and x have shapes {sorted(shapes)}: they must have one shape "
-            "[B, T, D] with T >= 1"
-        )
-    backend = backend or default_backend(x_BTD.device)
+    check_arguments(
+        "rg_lru_scan",
+        (input_logit_BTD, recurrence_logit_BTD, x_BTD),
+        initial_BD,
+        document_start_BT,
+    )
+    backend = choose_backend(backend, x_BTD.device)
     if initial_BD is not None:
         initial_BD = initial_BD.float()
     if backend in FUSED and x_BTD.shape[1] > 1:
