@@ -152,8 +152,18 @@ def test_weights_keep_their_dtype(trained, tmp_path, transformers):
     ours, _ = trained
     half = instantiate(MODELS[type(ours).__name__]).to(torch.bfloat16)
     write_transformers(half, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.dtype == torch.bfloat16 == to_transformers(half).dtype
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    built = to_transformers(half)
+    assert loaded.dtype == built.dtype == torch.bfloat16
+    tokens = documents(2, 20)
+    assert torch.equal(loaded(tokens).logits, built(tokens).logits)
+
+
+def test_writing_takes_no_second_copy_of_the_model(tmp_path, peak_bytes):
+    model = Griffin(VOCABULARY, 256, 3, 4)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert peak_bytes(lambda: write_transformers(model, tmp_path)) < 0.01 * size
+    assert (tmp_path / "model.safetensors").stat().st_size > size
 
 
 def griffin(**options) -> Griffin:

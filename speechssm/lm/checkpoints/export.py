@@ -93,9 +93,10 @@ def to_transformers(model: LanguageModel) -> torch.nn.Module:
         raise ConfigError("transformers is not installed: pip install speechssm[dev]") from None
     config = describe(model)
     twin_class = getattr(transformers, config["architectures"][0])
-    dtype = model.embedding.dtype
-    # RecurrentGemma's factor stays bfloat16: `to` rounds no more than it already is.
-    twin = twin_class(twin_class.config_class(**config)).to(dtype).eval()
+    # Not `to(dtype)` afterwards, which would round the tables of the rotation too.
+    twin = transformers.AutoModelForCausalLM.from_config(
+        twin_class.config_class(**config), dtype=model.embedding.dtype
+    ).eval()
     weights = dict(their_tensors(model))
     weights["lm_head.weight"] = weights[PREFIX + "embed_tokens.weight"]
     twin.load_state_dict(weights)
