@@ -21,11 +21,11 @@ VOCABULARY = 11
 
 
 def griffin(**options):
-    return Griffin(VOCABULARY, 24, 3, 3, **{"window": 6, **options})
+    return Griffin(VOCABULARY, 24, 3, **{"num_heads": 3, "window": 6, **options})
 
 
 def transformer(**options):
-    return Transformer(VOCABULARY, 24, 2, 3, **{"max_positions": 256, **options})
+    return Transformer(VOCABULARY, 24, 2, **{"num_heads": 3, "max_positions": 256, **options})
 
 
 MODELS = {
@@ -278,6 +278,11 @@ def test_a_full_transformer_cache_is_an_error_that_names_the_remedy():
         (lambda: griffin(block_pattern=[]), "block_pattern is empty"),
         (lambda: griffin(scan_backend="quick"), "quick"),
         (lambda: griffin(logits_soft_cap=0), "logits_soft_cap=0"),
+        (lambda: griffin(num_heads=5), "width=24"),
+        (lambda: griffin(conv_width=0), "conv_width=0"),
+        (lambda: griffin(positions="rotary", rotary_fraction=0.1), "rotary_fraction=0.1"),
+        (lambda: transformer(window=0), "window=0"),
+        (lambda: transformer(num_heads=5), "width=24"),
         (lambda: transformer(positions="alibi"), "alibi"),
         (lambda: transformer(max_positions=0), "max_positions=0"),
     ],

@@ -218,6 +218,27 @@ def test_a_row_without_targets_has_zero_loss():
     assert total == 0 and count == 0
 
 
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_memory_for_a_token_of_a_training_step_does_not_depend_on_the_length(
+    peak_bytes, activation_checkpointing
+):
+    options = {"window": 64, "activation_checkpointing": activation_checkpointing}
+    module = LanguageModelModule({**MODEL, **options}, OPTIMIZER)
+    tokens, peaks = 8192, {}
+    for length in (512, 4096):
+        batch = chain(tokens // length, length, 0)
+
+        def step(batch=batch):
+            total, count = module.summed_loss(batch)
+            (total / count).backward()
+
+        step()  # the gradients, which later steps add to
+        peaks[length] = peak_bytes(step) / tokens
+    assert peaks[4096] == pytest.approx(peaks[512], rel=0.02)
+    # Some tensors of the width for each layer, not a mask or a product over pairs of positions.
+    assert peaks[4096] < 1000 * MODEL["width"]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
