@@ -59,31 +59,41 @@ def bench_scan(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
 def bench_lm_train(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
     from speechssm.benchmark.lm_train import run_lm_train
 
-    name, griffin, transformer = model_pair(config, "griffin_tiny")
-    return run_lm_train(
-        config["out"],
-        name=name,
-        griffin=griffin,
-        transformer=transformer,
-        device=device_of(config),
-        seed=int(config.get("seed") or 0),
-        details={"config_hash": config_hash(griffin), "model": name},
-        **options,
-    )
+    return run_lm_train(config["out"], **model_arguments(config, "griffin_tiny"), **options)
 
 
-def model_pair(config: Mapping[str, Any], default: str) -> tuple[str, dict, dict]:
-    """The name of a Griffin in conf/model, its config, and that of the Transformer of its size.
+def bench_lm_decode(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
+    from speechssm.benchmark.lm_decode import run_lm_decode
+
+    return run_lm_decode(config["out"], **model_arguments(config, "griffin_small"), **options)
+
+
+def model_arguments(config: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """What the benches of language models take from the config, beside their options.
 
     Raises:
-        ConfigError: there is no such pair.
+        ConfigError: conf/model has no Griffin of that name with a Transformer of its size.
     """
     known = group_options("model")
-    pairs = [name for name in known if name.replace("griffin_", "transformer_", 1) in known]
-    pairs = [name for name in pairs if name.startswith("griffin_")]
-    name = choose("model", config.get("model") or default, pairs)
-    twin = name.replace("griffin_", "transformer_", 1)
-    return name, *(model_config(entry) for entry in (name, twin))
+    twins = {
+        name: name.replace("griffin_", "transformer_", 1)
+        for name in known
+        if name.startswith("griffin_")
+    }
+    name = choose(
+        "model",
+        config.get("model") or default,
+        [name for name, twin in twins.items() if twin in known],
+    )
+    griffin = model_config(name)
+    return {
+        "name": name,
+        "griffin": griffin,
+        "transformer": model_config(twins[name]),
+        "device": device_of(config),
+        "seed": int(config.get("seed") or 0),
+        "details": {"config_hash": config_hash(griffin), "model": name},
+    }
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -98,5 +108,6 @@ def model_config(name: str) -> dict[str, Any]:
 SUBJECTS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], list[Row]]] = {
     "scan": bench_scan,
     "lm-train": bench_lm_train,
+    "lm-decode": bench_lm_decode,
     "pipeline": bench_pipeline,
 }

@@ -111,7 +111,7 @@ class Copy:
 
 
 class Readers:
-    """Ways to read a buffer once without writing anything: the fastest gives the read bandwidth.
+    """Ways to read float32 numbers once without writing: the fastest gives the read bandwidth.
 
     Args:
         size: bytes of the buffer.

@@ -1,0 +1,50 @@
+"""`speechssm bench SUBJECT`: what it refuses, and that its options are those of the functions."""
+
+import inspect
+
+import pytest
+
+from speechssm.benchmark.command import SUBJECTS, bench, model_arguments
+from speechssm.benchmark.lm_decode import run_lm_decode
+from speechssm.benchmark.lm_train import run_lm_train
+from speechssm.benchmark.pipeline import run_pipeline
+from speechssm.benchmark.scan import run_scan
+from speechssm.cli import verb_config
+from speechssm.errors import ConfigError
+
+FUNCTIONS = {"scan": run_scan, "lm-train": run_lm_train, "lm-decode": run_lm_decode,
+             "pipeline": run_pipeline}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["scans", "out=x"], "unknown subject 'scans'; choose one of: scan, lm-train"),
+        (["lm-train", "out=x", "model=griffin_tiyn"], "did you mean griffin_tiny"),
+        (["lm-train", "out=x", "model=transformer_tiny"], "choose one of: .*griffin_tiny"),
+        (["lm-decode", "out=x", "model=usm_2b"], "choose one of: .*griffin_small"),
+        (["lm-train", "out=x", "options.lm_train.precision=fp8"], "precision=fp8 is unknown"),
+        (["scan", "out=x", "options.scan.shapes=[[1,2]]"], "each is"),
+        (["pipeline", "out=x"], "tokenizer is not set"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(ConfigError, match=message):
+        bench(verb_config("bench", words))
+
+
+def test_every_subject_has_its_options_and_they_are_its_functions_own():
+    options = verb_config("bench", ["scan", "out=x"])["options"]
+    assert set(SUBJECTS) == set(FUNCTIONS)
+    assert set(options) == {subject.replace("-", "_") for subject in SUBJECTS}
+    for subject, function in FUNCTIONS.items():
+        known = set(inspect.signature(function).parameters)
+        assert set(options[subject.replace("-", "_")]) <= known, subject
+
+
+def test_models_come_in_pairs_of_one_size():
+    found = model_arguments({"model": "griffin_small"}, "griffin_tiny")
+    assert found["name"] == found["details"]["model"] == "griffin_small"
+    assert found["griffin"]["width"] == found["transformer"]["width"] == 512
+    assert found["transformer"]["_target_"].endswith("Transformer")
+    assert model_arguments({}, "griffin_tiny")["griffin"]["width"] == 256
