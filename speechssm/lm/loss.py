@@ -32,6 +32,8 @@ def cross_entropy(
     """
     if torch.is_autocast_enabled(hidden_BTD.device.type):
         hidden_BTD = hidden_BTD.to(torch.get_autocast_dtype(hidden_BTD.device.type))
+    if not torch.is_grad_enabled():  # which the function below could not tell
+        hidden_BTD, weight_VD = hidden_BTD.detach(), weight_VD.detach()
     targets_P = targets_BT.flatten()
     total = ChunkedCrossEntropy.apply(
         hidden_BTD.flatten(0, 1), weight_VD, targets_P, soft_cap, chunk_logits
@@ -49,7 +51,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_PD, weight_VD, targets_P, soft_cap, chunk_logits):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        ctx.hidden_dtype, ctx.weight_dtype = hidden_PD.dtype, weight_VD.dtype
+        ctx.weight_dtype = weight_VD.dtype
         grad_hidden_PD = torch.empty_like(hidden_PD) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         weight_VD = weight_VD.to(hidden_PD.dtype)
@@ -78,7 +80,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total):
         grad_hidden_PD, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_PD is not None:
-            grad_hidden_PD = grad_hidden_PD * grad_total.to(ctx.hidden_dtype)
+            grad_hidden_PD = grad_hidden_PD * grad_total
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_total).to(ctx.weight_dtype)
         return grad_hidden_PD, grad_weight_VD, None, None, None

@@ -6,7 +6,7 @@ import torch
 
 from speechssm.errors import ConfigError
 from speechssm.lm.griffin import Griffin
-from speechssm.lm.loss import cross_entropy
+from speechssm.lm.loss import cross_entropy, loss_and_gradient
 from speechssm.lm.module import LanguageModelModule
 
 VOCABULARY = 16
@@ -105,6 +105,21 @@ def test_chunked_cross_entropy_equals_the_plain_one_with_gradients(chunk_logits,
     ours = torch.autograd.grad(total * 0.3, arguments)
     theirs = torch.autograd.grad(expected * 0.3, arguments)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_cross_entropy_computes_no_gradient_that_nobody_wants(monkeypatch):
+    model, hidden, targets = loss_case()
+    wanted = []
+
+    def spy(*arguments):
+        wanted.append(arguments[-1])
+        return loss_and_gradient(*arguments)
+
+    monkeypatch.setattr("speechssm.lm.loss.loss_and_gradient", spy)
+    cross_entropy(hidden, targets, model.output_weight)
+    with torch.no_grad():
+        cross_entropy(hidden, targets, model.output_weight)
+    assert wanted == [True, False]
 
 
 def test_cross_entropy_without_gradients_and_with_one_alone():
