@@ -8,11 +8,11 @@ Legend: B batch, T time, D channels.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from speechssm.benchmark.peers import Scan, installed_scans
@@ -20,7 +20,7 @@ from speechssm.benchmark.results import goal, setting_of, times, write_bench
 from speechssm.benchmark.timing import Copy, affordable_runs, time_call, time_in_turn
 from speechssm.errors import ConfigError
 from speechssm.evaluation.results import progress_bar
-from speechssm.recurrence.scan import BACKENDS, linear_scan
+from speechssm.recurrence.scan import BACKENDS, choose_backend, linear_scan
 from speechssm.report.bench_figures import scan_figure
 from speechssm.report.rows import Comparison, Row
 from speechssm.report.style import save_figure
@@ -30,6 +30,7 @@ Shape = tuple[int, int, int]
 
 STREAMS = {"forward": 3, "forward_backward": 8}
 LEAST_RUNS, MOST_RUNS = 20, 50
+SAME_BYTES = "copy of as many bytes"
 QUICK_SHAPES: tuple[Shape, ...] = ((1, 750, 512), (1, 6000, 512))
 GOAL = 2.5  # times the floor, forward and backward,
 GOAL_SHAPES: tuple[Shape, ...] = tuple(
@@ -40,20 +41,20 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Cell:
-    """Times of one shape in milliseconds, by system and direction; what was left out, and why.
+    """Times of one shape in milliseconds, by system and direction, and what was left out.
 
-    `runs` are as many as the times. `floor` by direction.
+    `bandwidth` in bytes per second, of the copy that was timed in turn with them.
     """
 
     shape: Shape
     bandwidth: float
     milliseconds: dict[tuple[str, str], float] = field(default_factory=dict)
     runs: dict[tuple[str, str], int] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def floor(self, direction: str) -> float:
         """Milliseconds to move the operands once."""
-        return STREAMS[direction] * 4 * np.prod(self.shape) / self.bandwidth * 1000
+        return STREAMS[direction] * 4 * math.prod(self.shape) / self.bandwidth * 1000
 
     def ratio(self, system: str, direction: str) -> float | None:
         """How many times the floor a system takes."""
@@ -122,8 +123,7 @@ def run_scan(
                                     ("forward_backward", "Forward and backward"))},
         rows,
         [] if quick else scan_goals(cells, default),
-        [*scan_notes(cells, copy), *notes, *itertools.chain.from_iterable(
-            cell.left_out for cell in cells)],
+        [*scan_notes(cells, copy), *left_out(cells, peer_seconds), *notes],
         setting_of(device, "float32"),
         {"cells": cells_section(cells), "default_backend": default},
     )  # fmt: skip
@@ -142,42 +142,30 @@ def check_shape(shape: Sequence[int]) -> Shape:
     return (shape[0], shape[1], shape[2])
 
 
-def default_backend(device: str) -> str:
-    """The backend that `linear_scan` takes on a device when it is not told one."""
-    return "chunked"
-
-
 def our_scans(device: str, names: Sequence[str] | None) -> dict[str, Scan]:
     """Our backends by name, the device's default first.
 
     Raises:
-        ConfigError: an unknown backend.
+        ConfigError: an unknown backend, or one for another device.
     """
-    for name in names or ():
-        if name not in BACKENDS:
-            raise ConfigError(
-                f"options.scan.backends has {name!r}; choose from {', '.join(BACKENDS)}"
-            )
-    default = default_backend(device)
-    others = [name for name in names or BACKENDS if name != default]
-    scans: dict[str, Scan] = {}
-    for name in [default, *others]:
-
-        def scan(gate_BTD, input_BTD, name=name):
-            return linear_scan(gate_BTD, input_BTD, backend=name)[0]
-
-        if name == default or works(scan, device):
-            scans[name] = scan
-    return scans
+    default = choose_backend(None, torch.device(device))
+    wanted = [choose_backend(name, torch.device(device)) for name in names or ()]
+    if not wanted:
+        wanted = [name for name in BACKENDS if runs_on(name, device)]
+    return {
+        name: lambda gate_BTD, input_BTD, name=name: linear_scan(gate_BTD, input_BTD, backend=name)[
+            0
+        ]
+        for name in dict.fromkeys([default, *wanted])
+    }
 
 
-def works(scan: Scan, device: str) -> bool:
-    """Whether a scan can be computed on a device (backends are for one kind of device each)."""
+def runs_on(name: str, device: str) -> bool:
+    """Whether a backend is for a device, and can be had there."""
     try:
-        scan(torch.zeros(1, 2, 1, device=device), torch.zeros(1, 2, 1, device=device))
-    except Exception:
+        return choose_backend(name, torch.device(device)) == name
+    except ConfigError:
         return False
-    return True
 
 
 class Directions:
@@ -223,11 +211,9 @@ def measure_cell(
     expected_BTD = operands.call(ours[default], "forward")()
     calls, runs = {}, {}
     for direction, (name, scan) in itertools.product(STREAMS, (ours | peers).items()):
-        if name in peers:
-            reason = too_slow(name, direction, shape, peer_seconds, earlier)
-            if reason:
-                cell.left_out.append(reason)
-                continue
+        if name in peers and too_slow(name, direction, shape, peer_seconds, earlier):
+            cell.left_out.append((name, direction))
+            continue
         call = operands.call(scan, direction)
         if direction == "forward":
             check_states(name, call(), expected_BTD, shape)
@@ -243,9 +229,13 @@ def measure_cell(
             cell.milliseconds[name, direction] = first
             cell.runs[name, direction] = 1
             del calls[name, direction], runs[name, direction]
-    copy()
-    calls["copy", ""] = copy
-    runs["copy", ""] = max(runs.values())
+    most = max(runs.values())
+    for direction, streams in STREAMS.items():
+        calls[SAME_BYTES, direction] = Copy(device, streams * 4 * math.prod(shape) // 2)
+        runs[SAME_BYTES, direction] = most
+    calls["copy", ""], runs["copy", ""] = copy, most
+    for name in ((SAME_BYTES, "forward"), (SAME_BYTES, "forward_backward"), ("copy", "")):
+        calls[name]()
     found = time_in_turn(calls, runs, device, advance)
     cell.bandwidth = copy.bandwidth(found.pop(("copy", "")).min())
     for key, values in found.items():
@@ -256,27 +246,20 @@ def measure_cell(
 
 def too_slow(
     name: str, direction: str, shape: Shape, limit: float, earlier: Sequence[Cell]
-) -> str | None:
-    """The line that says why a peer is left out here; None where it is measured.
+) -> bool:
+    """Whether one run of a peer would take longer than `limit` seconds, by its growth so far.
 
     The peers' loops take time with T forward and T squared backward (each position copies the
     gradient of the whole row), always with B and D.
     """
-    power = 2 if direction == "forward_backward" else 1
-    foreseen = [
-        cell.milliseconds[name, direction]
-        * np.prod(shape) / np.prod(cell.shape)
-        * (shape[1] / cell.shape[1]) ** (power - 1)
-        for cell in earlier
-        if (name, direction) in cell.milliseconds
-        and all(size <= wanted for size, wanted in zip(cell.shape, shape, strict=True))
-    ]  # fmt: skip
-    if not foreseen or foreseen[-1] / 1000 <= limit:
-        return None
-    return (
-        f"{name} at {name_of(shape)}, {direction.replace('_', ' + ')}: left out, one run would "
-        f"take longer than the limit of {limit:g} s (judged by its growth so far)."
-    )
+    for cell in reversed(earlier):
+        smaller = all(size <= wanted for size, wanted in zip(cell.shape, shape, strict=True))
+        if smaller and (name, direction) in cell.milliseconds:
+            growth = math.prod(shape) / math.prod(cell.shape)
+            if direction == "forward_backward":
+                growth *= shape[1] / cell.shape[1]
+            return cell.milliseconds[name, direction] * growth / 1000 > limit
+    return False
 
 
 def check_states(name: str, states_BTD, expected_BTD, shape: Shape) -> None:
@@ -310,6 +293,13 @@ def scan_rows(
                     backend=backends[0], shape=name_of(cell.shape), ours=ours, peer=theirs,
                     peer_name=peer, ratio=theirs / ours, **details)
             )  # fmt: skip
+    for direction, cell in itertools.product(STREAMS, cells):
+        value = cell.milliseconds[SAME_BYTES, direction]
+        rows.append(
+            Row(f"copy_{direction}", SAME_BYTES, "", value, "ms",
+                n=cell.runs[SAME_BYTES, direction], shape=name_of(cell.shape),
+                limit=cell.floor(direction), ratio=cell.ratio(SAME_BYTES, direction), **details)
+        )  # fmt: skip
     rows += [
         Row("copy_bandwidth", "copy", "", cell.bandwidth / 1e9, "GB/s", shape=name_of(cell.shape),
             **details)
@@ -338,7 +328,7 @@ def direction_table(
     body = []
     for cell in cells:
         line = [name_of(cell.shape), format_number(cell.floor(direction), 3)]
-        for system in [*backends, *peers]:
+        for system in [SAME_BYTES, *backends, *peers]:
             found = cell.milliseconds.get((system, direction))
             text = format_number(found, 3)
             if found is not None:
@@ -346,7 +336,7 @@ def direction_table(
             line.append(text)
         body.append(line)
     return Table(
-        ["shape", "floor", *backends, *peers],
+        ["shape", "floor", SAME_BYTES, *backends, *peers],
         body,
         "Milliseconds, minimum over runs; in brackets, times the floor.",
     )
@@ -360,10 +350,25 @@ def scan_notes(cells: Sequence[Cell], copy: Copy) -> list[str]:
         f"{STREAMS['forward_backward']} forward and backward, at the bandwidth of a copy of "
         f"{copy.bytes // 2 // 2**20} MiB that was timed in turn with the scans "
         f"({low:.1f} to {high:.1f} GB/s, read and written).",
-        "Operands of small shapes stay in a cache, so they may be faster than the floor.",
+        "Faster than the floor is possible. Operands of small shapes may stay in a cache (the copy "
+        "of as many bytes, of a buffer of its own, shows how much that gives), and a plain copy "
+        "also reads the lines that it overwrites, which our kernel's streaming stores save.",
         "The peers' loops copy the gradient of the whole row at each position: their backward is "
         "quadratic in T.",
     ]  # fmt: skip
+
+
+def left_out(cells: Sequence[Cell], limit: float) -> list[str]:
+    """A line for each peer and direction that was not measured everywhere."""
+    shapes: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        for key in cell.left_out:
+            shapes.setdefault(key, []).append(name_of(cell.shape))
+    return [
+        f"{name}, {direction.replace('_', ' and ')}: left out at {', '.join(names)}. One run would "
+        f"take longer than the limit of {limit:g} s, judged by its growth so far."
+        for (name, direction), names in shapes.items()
+    ]
 
 
 def cells_section(cells: Sequence[Cell]) -> list[dict]:

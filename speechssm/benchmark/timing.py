@@ -94,10 +94,14 @@ def buffer_size(device: torch.device | str) -> int:
 
 
 class Copy:
-    """`target.copy_(source)`: the plainest traffic, one stream read and one written."""
+    """`target.copy_(source)`: the plainest traffic, one stream read and one written.
 
-    def __init__(self, device: torch.device | str):
-        numbers = buffer_size(device) // 4
+    Args:
+        size: bytes of either; beyond caches if omitted.
+    """
+
+    def __init__(self, device: torch.device | str, size: int | None = None):
+        numbers = (size or buffer_size(device)) // 4
         self.source = torch.ones(numbers, device=device)
         self.target = torch.zeros(numbers, device=device)
         self.bytes = 2 * 4 * numbers

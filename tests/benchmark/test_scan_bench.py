@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speechssm.benchmark import peers, scan
-from speechssm.benchmark.scan import Cell, check_states, run_scan, scan_goals, too_slow
+from speechssm.benchmark.scan import Cell, check_states, left_out, run_scan, scan_goals, too_slow
 from speechssm.errors import ConfigError
 from speechssm.recurrence.scan import linear_scan
 from speechssm.report.rows import read_rows
@@ -91,14 +91,24 @@ def cell(shape, value):
     return found
 
 
-def test_a_peer_is_left_out_by_its_quadratic_growth_and_the_line_says_so():
+def test_a_peer_is_left_out_by_its_quadratic_growth():
     earlier = [cell((1, 1000, 8), 1000.0)]
-    assert too_slow("peer", "forward_backward", (1, 4000, 8), 17.0, earlier) is None
-    line = too_slow("peer", "forward_backward", (1, 4000, 8), 15.0, earlier)
-    assert line is not None and "peer at B1 T4000 D8" in line and "left out" in line
+    assert not too_slow("peer", "forward_backward", (1, 4000, 8), 17.0, earlier)
+    assert too_slow("peer", "forward_backward", (1, 4000, 8), 15.0, earlier)
     # The forward pass is not quadratic, and nothing is known of other systems.
-    assert too_slow("peer", "forward", (1, 4000, 8), 15.0, earlier) is None
-    assert too_slow("other", "forward_backward", (1, 4000, 8), 15.0, earlier) is None
+    earlier[0].milliseconds["peer", "forward"] = 1000.0
+    assert not too_slow("peer", "forward", (1, 4000, 8), 5.0, earlier)
+    assert too_slow("peer", "forward", (1, 4000, 8), 3.0, earlier)
+    assert not too_slow("other", "forward_backward", (1, 4000, 8), 15.0, earlier)
+
+
+def test_what_is_left_out_is_said():
+    cells = [cell((1, 1000, 8), 1000.0), cell((1, 4000, 8), 0.0), cell((1, 8000, 8), 0.0)]
+    assert left_out(cells, 15.0) == []
+    for skipped in cells[1:]:
+        skipped.left_out.append(("peer", "forward_backward"))
+    (line,) = left_out(cells, 15.0)
+    assert "peer, forward and backward: left out at B1 T4000 D8, B1 T8000 D8." in line
 
 
 def test_goals_are_judged_at_their_shapes_by_the_floor():
@@ -123,7 +133,8 @@ def test_a_scan_of_something_else_ends_the_bench():
         ({"shapes": [[1, 2]]}, "each is"),
         ({"shapes": [[1, 0, 2]]}, "at least 1"),
         ({"shapes": []}, "is empty"),
-        ({"shapes": SHAPES, "backends": ["gpu"]}, "'gpu'; choose from"),
+        ({"shapes": SHAPES, "backends": ["xla"]}, "cannot run on cpu"),
+        ({"shapes": SHAPES, "backends": ["gpu"]}, "'gpu' is unknown: choose one of"),
     ],
 )
 def test_impossible_arguments_are_refused(tmp_path, options, message):
