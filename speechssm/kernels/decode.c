@@ -1,0 +1,645 @@
+/* One token for each of B rows through a whole language model, and the next one drawn from it: the
+ * single-token step of Griffin and of the Transformer, without an allocation, a copy of the weights
+ * or a call back.
+ *
+ * A row is computed by the same operations in the same order whatever rows stand beside it and
+ * however many threads there are: every sum runs over its terms in one fixed order. Weights are read
+ * once for all rows. Threads work on ranges of output features and meet at barriers.
+ *
+ * Legend: B rows of a call, D width, R width of the recurrence, F width of the gated MLP, N heads,
+ * H head width, S slots of the attention ring, V vocabulary.
+ */
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+#include "lanes.h"
+
+typedef struct {
+    const float *weight; /* [outputs, inputs] */
+    const float *bias;   /* [outputs] or null */
+    int64_t outputs, inputs;
+} linear;
+
+typedef struct {
+    const float *scale; /* [D] */
+    float epsilon;
+} norm;
+
+typedef struct {
+    norm before;
+    linear gate, up, down;
+} gated_mlp;
+
+typedef struct {
+    linear gate, input, output;
+    const float *filter, *filter_bias; /* [W, R], [R] */
+    const float *input_gate, *input_gate_bias, *recurrence_gate, *recurrence_gate_bias;
+    const float *rate;         /* [R]: log of the decay at an open gate */
+    float *history, *hidden;   /* [rows, W - 1, R], [rows, R] */
+    int64_t filter_width, block_width; /* of the gates' diagonal blocks, [R / block, block, block] */
+} recurrent;
+
+typedef struct {
+    linear query, key, value, output;
+    const float *frequencies; /* [rotated / 2] or null */
+    float *keys, *values;     /* [rows, S, H] */
+    int64_t *position;        /* [rows] */
+    int64_t heads, head_width, slots, rotated;
+} attention;
+
+typedef struct {
+    norm before;
+    int64_t is_attention;
+    recurrent recurrent;
+    attention attention;
+    gated_mlp mlp;
+} layer;
+
+typedef struct {
+    const float *embedding; /* [V + 1, D] */
+    linear output;          /* [V, D] */
+    const layer *layers;
+    norm last;
+    float embedding_scale, soft_cap; /* no cap: 0 */
+    int64_t num_layers, width, widest; /* the widest of D, R, F and N H */
+} network;
+
+typedef struct call {
+    const int64_t *rows;   /* [B]: the rows of the state that go on, of `all_rows` */
+    float *logits;         /* [all rows, V]: after what has been fed in; replaced */
+    const float *uniforms; /* [all rows, most_steps], in [0, 1) */
+    int64_t *drawn;        /* [all rows, most_steps] */
+    const float *temperature, *top_p; /* [all rows] */
+    const int64_t *top_k;  /* [all rows]; 0 for no limit */
+    float *work;           /* `decode_work` floats */
+    int64_t batch, steps, most_steps, threads;
+} call;
+
+/* Slots of the ring that one thread attends to at a time. */
+#define PIECE 128
+
+/* Threads that wait turn round for a moment before they let others run. */
+typedef struct {
+    atomic_int waiting, turn;
+    int threads;
+} meeting;
+
+static void meet(meeting *all)
+{
+    if (all->threads == 1)
+        return;
+    int turn = atomic_load_explicit(&all->turn, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&all->waiting, 1, memory_order_acq_rel) == all->threads - 1) {
+        atomic_store_explicit(&all->waiting, 0, memory_order_relaxed);
+        atomic_store_explicit(&all->turn, turn + 1, memory_order_release);
+        return;
+    }
+    for (int tries = 0; atomic_load_explicit(&all->turn, memory_order_acquire) == turn; ++tries)
+        if (tries > 4000)
+            sched_yield();
+}
+
+typedef struct {
+    int64_t begin, end;
+} range;
+
+/* This thread's part of `count` things, in whole groups of `group`. */
+INLINE range share(int64_t count, int64_t group, int64_t thread, int64_t threads)
+{
+    int64_t groups = (count + group - 1) / group;
+    int64_t begin = groups * thread / threads * group, end = groups * (thread + 1) / threads * group;
+    return (range){begin, end < count ? end : count};
+}
+
+INLINE float sum_of(lanes value)
+{
+    float sum[LANES];
+    memcpy(sum, &value, sizeof sum);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane)
+            sum[lane] += sum[lane + half];
+    return sum[0];
+}
+
+INLINE lanes sigmoid(lanes x) { return 1.0f / (1.0f + exp_lanes(-x)); }
+
+/* The tanh form: x (1 + tanh z) / 2 = x sigmoid(2 z). */
+INLINE lanes gelu(lanes x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+/* `outputs` rows of the weight against `rows` inputs; both are constants where this is called. */
+INLINE void dot(const linear *map, int64_t first, int outputs, const float *x, int64_t x_stride,
+                int rows, float *y, int64_t y_stride)
+{
+    const int64_t inputs = map->inputs, whole = inputs / LANES * LANES;
+    const float *weight = map->weight + first * inputs;
+    lanes sum[4][4] = {{{0}}};
+    for (int64_t index = 0; index < whole; index += LANES) {
+        lanes w[4];
+        for (int output = 0; output < outputs; ++output)
+            w[output] = load(weight + output * inputs, index, LANES, FLOAT32);
+        for (int row = 0; row < rows; ++row) {
+            lanes value = load(x + row * x_stride, index, LANES, FLOAT32);
+            for (int output = 0; output < outputs; ++output)
+                sum[output][row] += w[output] * value;
+        }
+    }
+    if (whole < inputs)
+        for (int row = 0; row < rows; ++row) {
+            lanes value = load(x + row * x_stride, whole, inputs - whole, FLOAT32);
+            for (int output = 0; output < outputs; ++output)
+                sum[output][row] +=
+                    value * load(weight + output * inputs, whole, inputs - whole, FLOAT32);
+        }
+    for (int row = 0; row < rows; ++row)
+        for (int output = 0; output < outputs; ++output)
+            y[row * y_stride + first + output] =
+                sum_of(sum[output][row]) + (map->bias ? map->bias[first + output] : 0.0f);
+}
+
+/* y = W x + b for the outputs in `part`. */
+static void apply(const linear *map, range part, const float *x, int64_t x_stride, float *y,
+                  int64_t y_stride, int64_t batch)
+{
+    int64_t output = part.begin;
+    for (; output + 4 <= part.end; output += 4) {
+        int64_t row = 0;
+        for (; row + 4 <= batch; row += 4)
+            dot(map, output, 4, x + row * x_stride, x_stride, 4, y + row * y_stride, y_stride);
+        for (; row < batch; ++row)
+            dot(map, output, 4, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride);
+    }
+    for (; output < part.end; ++output)
+        for (int64_t row = 0; row < batch; ++row)
+            dot(map, output, 1, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride);
+}
+
+static void normalise(const norm *norm, const float *x, float *y, int64_t width, int64_t stride,
+                      int64_t batch)
+{
+    for (int64_t row = 0; row < batch; ++row, x += stride, y += stride) {
+        lanes squares = {0};
+        for (int64_t index = 0; index < width; index += LANES) {
+            int count = width - index < LANES ? width - index : LANES;
+            lanes value = load(x, index, count, FLOAT32);
+            squares += value * value;
+        }
+        float factor = 1.0f / sqrtf(sum_of(squares) / width + norm->epsilon);
+        for (int64_t index = 0; index < width; ++index)
+            y[index] = x[index] * factor * (1.0f + norm->scale[index]);
+    }
+}
+
+/* Buffers of a call. x, a, b, c: [B, widest]; logits [B, V]; partial: what `attend_piece` leaves, of
+ * each row and piece. Each thread has a `normed` [B, widest] and room for sampling [2, V]. */
+typedef struct {
+    float *x, *a, *b, *c, *logits, *partial, *normed, *weights;
+} buffers;
+
+INLINE int64_t pieces_of(int64_t slots) { return (slots + PIECE - 1) / PIECE; }
+
+/* Floats of all rows' pieces of the largest attention. */
+static int64_t partial_size(const network *net)
+{
+    int64_t largest = 0;
+    for (int64_t index = 0; index < net->num_layers; ++index) {
+        const attention *block = &net->layers[index].attention;
+        if (!net->layers[index].is_attention)
+            continue;
+        int64_t size = pieces_of(block->slots) * block->heads * (block->head_width + 2);
+        largest = size > largest ? size : largest;
+    }
+    return largest;
+}
+
+/* How many floats `work` must hold for so many rows and threads. */
+int64_t decode_work(const network *net, int64_t batch, int64_t threads)
+{
+    const int64_t vocabulary = net->output.outputs;
+    return batch * ((4 + threads) * net->widest + vocabulary + partial_size(net)) +
+           threads * 2 * vocabulary;
+}
+
+static buffers cut(const network *net, const call *call, int64_t thread)
+{
+    const int64_t size = call->batch * net->widest, vocabulary = net->output.outputs;
+    buffers at = {.x = call->work};
+    at.a = at.x + size;
+    at.b = at.a + size;
+    at.c = at.b + size;
+    at.logits = at.c + size;
+    at.partial = at.logits + call->batch * vocabulary;
+    at.normed = at.partial + call->batch * partial_size(net) + thread * (size + 2 * vocabulary);
+    at.weights = at.normed + size;
+    return at;
+}
+
+INLINE lanes root(lanes value)
+{
+    float each[LANES];
+    memcpy(each, &value, sizeof each);
+    for (int lane = 0; lane < LANES; ++lane)
+        each[lane] = sqrtf(each[lane]);
+    memcpy(&value, each, sizeof value);
+    return value;
+}
+
+/* The RG-LRU for `count` channels that lie in the diagonal block that begins at `first`; x is its
+ * input, and `gate` the other branch, which the new state multiplies. */
+INLINE void gated_step(const recurrent *block, int64_t first, int64_t index, int count,
+                       const float *x, float *gate, float *hidden)
+{
+    lanes input = load(block->input_gate_bias, index, count, FLOAT32);
+    lanes decay = load(block->recurrence_gate_bias, index, count, FLOAT32);
+    const int64_t width = block->block_width, corner = first * width + index - first;
+    for (int64_t inner = 0; inner < width; ++inner) {
+        const lanes value = all(x[first + inner]);
+        input += value * load(block->input_gate, corner + inner * width, count, FLOAT32);
+        decay += value * load(block->recurrence_gate, corner + inner * width, count, FLOAT32);
+    }
+    const lanes log_gate = sigmoid(decay) * load(block->rate, index, count, FLOAT32);
+    lanes fraction, power = exponential(2.0f * log_gate, &fraction);
+    const lanes below_one = -(power * fraction + (power - 1.0f)); /* 1 - a^2 */
+    const lanes state = exp_lanes(log_gate) * load(hidden, index, count, FLOAT32) +
+                        root(below_one) * sigmoid(input) * load(x, index, count, FLOAT32);
+    store(hidden, index, state, count, FLOAT32, CACHE);
+    store(gate, index, state * load(gate, index, count, FLOAT32), count, FLOAT32, CACHE);
+}
+
+static void recurrent_block(const recurrent *block, const buffers *at, const call *call,
+                            int64_t widest, int64_t thread, meeting *all)
+{
+    const int64_t batch = call->batch, width = block->input.outputs, history = block->filter_width - 1;
+    range part = share(width, LANES, thread, call->threads);
+    apply(&block->gate, part, at->normed, widest, at->a, widest, batch);
+    apply(&block->input, part, at->normed, widest, at->b, widest, batch);
+    for (int64_t row = 0; row < batch; ++row) {
+        float *past = block->history + call->rows[row] * history * width;
+        float *x = at->b + row * widest, *gate = at->a + row * widest, *y = at->c + row * widest;
+        for (int64_t index = part.begin; index < part.end; index += LANES) {
+            int count = part.end - index < LANES ? part.end - index : LANES;
+            lanes value = load(x, index, count, FLOAT32);
+            lanes sum = load(block->filter_bias, index, count, FLOAT32) +
+                        load(block->filter + history * width, index, count, FLOAT32) * value;
+            for (int64_t shift = 0; shift < history; ++shift) {
+                lanes older = load(past + shift * width, index, count, FLOAT32);
+                sum += load(block->filter + shift * width, index, count, FLOAT32) * older;
+                lanes newer = shift + 1 < history
+                                  ? load(past + (shift + 1) * width, index, count, FLOAT32)
+                                  : value;
+                store(past + shift * width, index, newer, count, FLOAT32, CACHE);
+            }
+            store(y, index, sum, count, FLOAT32, CACHE);
+            store(gate, index, gelu(load(gate, index, count, FLOAT32)), count, FLOAT32, CACHE);
+        }
+    }
+    meet(all);
+    for (int64_t index = part.begin; index < part.end;) {
+        /* As many lanes as lie in one diagonal block; its weights stay in the cache for all rows. */
+        const int64_t first = index / block->block_width * block->block_width;
+        const int64_t rest = first + block->block_width - index, left = part.end - index;
+        const int64_t most = rest < left ? rest : left;
+        const int count = most < LANES ? most : LANES;
+        for (int64_t row = 0; row < batch; ++row) {
+            gated_step(block, first, index, count, at->c + row * widest, at->a + row * widest,
+                       block->hidden + call->rows[row] * width);
+        }
+        index += count;
+    }
+    meet(all);
+    range outputs = share(block->output.outputs, 4, thread, call->threads);
+    apply(&block->output, outputs, at->a, widest, at->c, widest, batch);
+}
+
+INLINE void rotate(float *head, const attention *block, int64_t position)
+{
+    const int64_t half = block->rotated / 2;
+    for (int64_t index = 0; index < half; ++index) {
+        float angle = (float)position * block->frequencies[index];
+        float sine = sinf(angle), cosine = cosf(angle);
+        float first = head[index], second = head[half + index];
+        head[index] = first * cosine - second * sine;
+        head[half + index] = second * cosine + first * sine;
+    }
+}
+
+/* All heads over the slots begin ... end - 1 of one row's ring: for each head its largest logit, the
+ * sum of exp(logit - largest), and the values weighted so. */
+static void attend_piece(const attention *block, const float *query, const float *keys,
+                         const float *values, int64_t begin, int64_t end, float *partial)
+{
+    const int64_t width = block->head_width, count = end - begin;
+    const float factor = 1.0f / sqrtf((float)width);
+    for (int64_t head = 0; head < block->heads; ++head, partial += width + 2) {
+        float weights[PIECE];
+        float largest = -INFINITY;
+        const float *q = query + head * width;
+        for (int64_t slot = 0; slot < count; ++slot) {
+            const float *key = keys + (begin + slot) * width;
+            lanes sum = {0};
+            for (int64_t index = 0; index < width; index += LANES) {
+                int lanes_left = width - index < LANES ? width - index : LANES;
+                if (lanes_left == LANES)
+                    sum += load(q, index, LANES, FLOAT32) * load(key, index, LANES, FLOAT32);
+                else
+                    sum += load(q, index, lanes_left, FLOAT32) * load(key, index, lanes_left, FLOAT32);
+            }
+            weights[slot] = sum_of(sum) * factor;
+            largest = weights[slot] > largest ? weights[slot] : largest;
+        }
+        lanes total = {0};
+        for (int64_t slot = 0; slot < count; slot += LANES) {
+            int some = count - slot < LANES ? count - slot : LANES;
+            lanes weight = exp_lanes(load(weights, slot, some, FLOAT32) - largest);
+            store(weights, slot, weight, some, FLOAT32, CACHE);
+            total += load(weights, slot, some, FLOAT32);
+        }
+        partial[0] = largest;
+        partial[1] = sum_of(total);
+        for (int64_t index = 0; index < width; index += LANES) {
+            int some = width - index < LANES ? width - index : LANES;
+            lanes sum = {0};
+            if (some == LANES)
+                for (int64_t slot = 0; slot < count; ++slot)
+                    sum += weights[slot] * load(values + (begin + slot) * width, index, LANES, FLOAT32);
+            else
+                for (int64_t slot = 0; slot < count; ++slot)
+                    sum += weights[slot] * load(values + (begin + slot) * width, index, some, FLOAT32);
+            store(partial + 2, index, sum, some, FLOAT32, CACHE);
+        }
+    }
+}
+
+static void attention_block(const attention *block, const buffers *at, const call *call,
+                            int64_t widest, int64_t thread, meeting *all)
+{
+    const int64_t batch = call->batch, width = block->head_width, slots = block->slots;
+    const int64_t threads = call->threads, heads = block->heads;
+    apply(&block->query, share(heads * width, 4, thread, threads), at->normed, widest, at->a, widest,
+          batch);
+    range part = share(width, 4, thread, threads);
+    apply(&block->key, part, at->normed, widest, at->b, widest, batch);
+    apply(&block->value, part, at->normed, widest, at->c, widest, batch);
+    meet(all);
+    for (int64_t row = thread; row < batch; row += threads) {
+        const int64_t state = call->rows[row], position = block->position[state];
+        if (block->rotated) {
+            rotate(at->b + row * widest, block, position);
+            for (int64_t head = 0; head < heads; ++head)
+                rotate(at->a + row * widest + head * width, block, position);
+        }
+        const int64_t slot = (state * slots + position % slots) * width;
+        memcpy(block->keys + slot, at->b + row * widest, width * sizeof(float));
+        memcpy(block->values + slot, at->c + row * widest, width * sizeof(float));
+    }
+    meet(all);
+    const int64_t pieces = pieces_of(slots), size = heads * (width + 2);
+    for (int64_t row = 0, work = 0; row < batch; ++row) {
+        const int64_t state = call->rows[row], position = block->position[state];
+        const int64_t filled = position + 1 < slots ? position + 1 : slots;
+        for (int64_t piece = 0; piece < pieces_of(filled); ++piece, ++work) {
+            if (work % threads != thread)
+                continue;
+            int64_t begin = piece * PIECE, end = begin + PIECE < filled ? begin + PIECE : filled;
+            attend_piece(block, at->a + row * widest, block->keys + state * slots * width,
+                         block->values + state * slots * width, begin, end,
+                         at->partial + (row * pieces + piece) * size);
+        }
+    }
+    meet(all);
+    for (int64_t work = thread; work < batch * heads; work += threads) {
+        const int64_t row = work / heads, head = work % heads, position = block->position[call->rows[row]];
+        const int64_t used = pieces_of(position + 1 < slots ? position + 1 : slots);
+        const float *partial = at->partial + row * pieces * size + head * (width + 2);
+        float *y = at->b + row * widest + head * width;
+        float largest = -INFINITY, total = 0.0f;
+        for (int64_t piece = 0; piece < used; ++piece)
+            largest = partial[piece * size] > largest ? partial[piece * size] : largest;
+        memset(y, 0, width * sizeof(float));
+        for (int64_t piece = 0; piece < used; ++piece) {
+            const float *from = partial + piece * size;
+            const float weight = expf(from[0] - largest);
+            total += weight * from[1];
+            for (int64_t index = 0; index < width; ++index)
+                y[index] += weight * from[2 + index];
+        }
+        for (int64_t index = 0; index < width; ++index)
+            y[index] /= total;
+    }
+    meet(all);
+    apply(&block->output, share(block->output.outputs, 4, thread, threads), at->b, widest, at->c,
+          widest, batch);
+}
+
+/* x += y for the outputs of this thread. */
+INLINE void add(float *x, const float *y, range part, int64_t stride, int64_t batch)
+{
+    for (int64_t row = 0; row < batch; ++row)
+        for (int64_t index = part.begin; index < part.end; ++index)
+            x[row * stride + index] += y[row * stride + index];
+}
+
+static void mlp_block(const gated_mlp *mlp, const buffers *at, const call *call, int64_t widest,
+                      int64_t thread, meeting *all)
+{
+    const int64_t batch = call->batch;
+    range part = share(mlp->gate.outputs, LANES, thread, call->threads);
+    apply(&mlp->gate, part, at->normed, widest, at->a, widest, batch);
+    apply(&mlp->up, part, at->normed, widest, at->b, widest, batch);
+    for (int64_t row = 0; row < batch; ++row)
+        for (int64_t index = part.begin; index < part.end; index += LANES) {
+            int count = part.end - index < LANES ? part.end - index : LANES;
+            float *gate = at->a + row * widest, *up = at->b + row * widest;
+            lanes value = gelu(load(gate, index, count, FLOAT32)) * load(up, index, count, FLOAT32);
+            store(gate, index, value, count, FLOAT32, CACHE);
+        }
+    meet(all);
+    apply(&mlp->down, share(mlp->down.outputs, 4, thread, call->threads), at->a, widest, at->c,
+          widest, batch);
+}
+
+/* The smallest value that is kept where values are taken from the largest down until their weights
+ * (one each, or the values themselves) reach `target`. Moves `values` about. */
+static float threshold(float *values, int64_t count, int by_value, double target)
+{
+    for (;;) {
+        const float a = values[0], b = values[count / 2], c = values[count - 1];
+        const float pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
+        double above = 0.0, equal = 0.0;
+        int64_t larger = 0, same = 0; /* [larger ones | equal ones | smaller ones] */
+        for (int64_t index = 0; index < count; ++index) {
+            const float value = values[index];
+            if (value < pivot)
+                continue;
+            const float smaller = values[larger + same];
+            values[larger + same] = value;
+            values[index] = smaller;
+            if (value == pivot) {
+                ++same;
+                equal += by_value ? value : 1.0;
+                continue;
+            }
+            values[larger + same] = values[larger];
+            values[larger++] = value;
+            above += by_value ? value : 1.0;
+        }
+        if (above >= target && larger) {
+            count = larger;
+        } else if (above + equal >= target || larger + same == count) {
+            return pivot;
+        } else {
+            target -= above + equal;
+            values += larger + same;
+            count -= larger + same;
+        }
+    }
+}
+
+/* A unit by inverting the cumulative distribution; -1 where a logit is not finite. */
+static int64_t sample(const float *logits, int64_t vocabulary, float temperature, int64_t top_k,
+                      float top_p, float uniform, float *weights, float *scratch)
+{
+    int64_t likeliest = 0;
+    for (int64_t unit = 0; unit < vocabulary; ++unit) {
+        if (!isfinite(logits[unit]))
+            return -1;
+        if (logits[unit] > logits[likeliest])
+            likeliest = unit;
+    }
+    if (temperature <= 0.0f)
+        return likeliest;
+    for (int64_t unit = 0; unit < vocabulary; unit += LANES) {
+        int count = vocabulary - unit < LANES ? vocabulary - unit : LANES;
+        lanes value = (load(logits, unit, count, FLOAT32) - logits[likeliest]) / temperature;
+        store(weights, unit, exp_lanes(value), count, FLOAT32, CACHE);
+    }
+    float least = 0.0f;
+    if (top_k > 0 && top_k < vocabulary) {
+        memcpy(scratch, weights, vocabulary * sizeof(float));
+        least = threshold(scratch, vocabulary, 0, (double)top_k);
+    }
+    double total = 0.0;
+    int64_t kept = 0;
+    for (int64_t unit = 0; unit < vocabulary; ++unit) {
+        if (weights[unit] < least)
+            continue;
+        total += weights[unit];
+        scratch[kept++] = weights[unit];
+    }
+    if (top_p < 1.0f) {
+        least = threshold(scratch, kept, 1, top_p * total);
+        total = 0.0;
+        for (int64_t unit = 0; unit < vocabulary; ++unit)
+            total += weights[unit] >= least ? weights[unit] : 0.0;
+    }
+    double sum = 0.0;
+    int64_t last = likeliest;
+    for (int64_t unit = 0; unit < vocabulary; ++unit) {
+        if (weights[unit] < least || weights[unit] == 0.0f)
+            continue;
+        sum += weights[unit];
+        last = unit;
+        if (sum > uniform * total)
+            break;
+    }
+    return last;
+}
+
+/* What is drawn at `step` goes through the network; x of all rows is ready after it. */
+static void feed(const network *net, const call *call, const buffers *at, int64_t step,
+                 int64_t thread, meeting *all)
+{
+    const int64_t widest = net->widest, width = net->width, batch = call->batch;
+    const range part = share(width, 4, thread, call->threads);
+    for (int64_t row = 0; row < batch; ++row) {
+        const int64_t unit = call->drawn[call->rows[row] * call->most_steps + step];
+        for (int64_t index = part.begin; index < part.end; ++index)
+            at->x[row * widest + index] = net->embedding[unit * width + index] * net->embedding_scale;
+    }
+    meet(all);
+    for (int64_t index = 0; index < net->num_layers; ++index) {
+        const layer *layer = &net->layers[index];
+        normalise(&layer->before, at->x, at->normed, width, widest, batch);
+        if (layer->is_attention)
+            attention_block(&layer->attention, at, call, widest, thread, all);
+        else
+            recurrent_block(&layer->recurrent, at, call, widest, thread, all);
+        add(at->x, at->c, part, widest, batch);
+        meet(all);
+        normalise(&layer->mlp.before, at->x, at->normed, width, widest, batch);
+        mlp_block(&layer->mlp, at, call, widest, thread, all);
+        add(at->x, at->c, part, widest, batch);
+        meet(all);
+    }
+}
+
+static void write_logits(const network *net, const call *call, const buffers *at, int64_t thread)
+{
+    const int64_t vocabulary = net->output.outputs;
+    const range part = share(vocabulary, 4, thread, call->threads);
+    normalise(&net->last, at->x, at->normed, net->width, net->widest, call->batch);
+    apply(&net->output, part, at->normed, net->widest, at->logits, vocabulary, call->batch);
+    for (int64_t row = 0; row < call->batch; ++row) {
+        const float *from = at->logits + row * vocabulary;
+        float *to = call->logits + call->rows[row] * vocabulary;
+        for (int64_t unit = part.begin; unit < part.end; unit += LANES) {
+            const int count = part.end - unit < LANES ? part.end - unit : LANES;
+            lanes value = load(from, unit, count, FLOAT32);
+            if (net->soft_cap > 0.0f) { /* cap tanh(x / cap), with tanh z = e / (e + 2), e = expm1(2 z) */
+                lanes fraction, power = exponential(value * (2.0f / net->soft_cap), &fraction);
+                const lanes excess = power * fraction + (power - 1.0f);
+                value = net->soft_cap * excess / (excess + 2.0f);
+            }
+            store(to, unit, value, count, FLOAT32, CACHE);
+        }
+    }
+}
+
+#ifdef _OPENMP
+extern int omp_get_thread_num(void);
+extern int omp_get_num_threads(void);
+#endif
+
+/* Draws `steps` units for each row of the call and feeds each in. Returns how many steps were done:
+ * fewer where a row's logits are not finite. */
+int64_t decode(const network *net, const call *call)
+{
+    const int64_t vocabulary = net->output.outputs;
+    meeting all = {0};
+    atomic_llong done = call->steps;
+#pragma omp parallel num_threads(call->threads)
+    {
+#ifdef _OPENMP
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+        const int64_t thread = 0, threads = 1;
+#endif
+        struct call mine = *call; /* there may be fewer threads than were asked for */
+        mine.threads = threads;
+#pragma omp single
+        all.threads = threads;
+        const buffers at = cut(net, &mine, thread);
+        for (int64_t step = 0; step < mine.steps; ++step) {
+            for (int64_t work = thread; work < mine.batch; work += threads) {
+                const int64_t row = mine.rows[work], place = row * mine.most_steps + step;
+                mine.drawn[place] =
+                    sample(mine.logits + row * vocabulary, vocabulary, mine.temperature[row],
+                           mine.top_k[row], mine.top_p[row], mine.uniforms[place], at.weights,
+                           at.weights + vocabulary);
+                if (mine.drawn[place] < 0)
+                    atomic_store(&done, step);
+            }
+            meet(&all);
+            if (atomic_load(&done) == step)
+                break;
+            feed(net, &mine, &at, step, thread, &all);
+            write_logits(net, &mine, &at, thread);
+            meet(&all);
+            /* Nobody reads a position before the next meeting. */
+            for (int64_t index = thread; index < net->num_layers; index += threads)
+                for (int64_t row = 0; net->layers[index].is_attention && row < mine.batch; ++row)
+                    ++net->layers[index].attention.position[mine.rows[row]];
+        }
+    }
+    return done;
+}

@@ -1,0 +1,343 @@
+"""Decoding of many streams at once, each as if it were alone.
+
+A `DecodeEngine` has a fixed number of rows. Streams are started in rows, go on together, end at
+different times and are replaced by others. All memory is allocated when the engine is made: the
+state of every row, logits, what is drawn. On a CPU in float32 a step is one call of a C kernel
+(`decode_cpu`), on a GPU one replay of a CUDA graph, elsewhere the model's own `forward`.
+
+Legend: B rows, N units of a call, T time, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from speechssm.errors import ConfigError
+from speechssm.lm.backbone import LanguageModel, LanguageModelState
+from speechssm.lm.decode_cpu import CpuDecoder, can_decode
+from speechssm.lm.sampling import check_units, sample
+from speechssm.nn.attention import AttentionState
+from speechssm.nn.state import map_state
+
+PREFILL_CHUNK = 512
+MOST_STEPS = 64  # of one call of the decoder; longer ones are cut
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What to decode, and how to draw.
+
+    Args:
+        prompt: integer units `[T]`, BOS not included; empty speaks from nothing.
+        seed: of the stream's own random numbers, one per unit.
+        temperature: 0 takes the most likely unit.
+        top_k, top_p: see `sampling.sample`.
+        max_units: how many units `decode` draws; None is for `DecodeEngine.step` alone.
+    """
+
+    prompt: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_units: int | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that are fed in over the stream's life, BOS included; None if it has no end."""
+        return None if self.max_units is None else 1 + len(self.prompt) + self.max_units
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ConfigError for impossible values or a unit outside 0 ... V - 1."""
+        prompt = np.asarray(self.prompt)
+        if prompt.ndim != 1 or (prompt.size and prompt.dtype.kind not in "iu"):
+            raise ConfigError(f"prompt: {prompt.dtype} of shape {prompt.shape}, not integer [T]")
+        check_units(torch.from_numpy(prompt.astype(np.int64)), vocab_size)
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"temperature={self.temperature}: 0 (most likely unit) or more is needed"
+            )
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k}: 0 (no limit) or more is needed")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: above 0 and at most 1 (no limit) is needed")
+        if self.max_units is not None and self.max_units < 1:
+            raise ConfigError(f"max_units={self.max_units}: at least 1, or None")
+
+
+class DecodeEngine:
+    """Rows that decode independent streams.
+
+    The units of a stream depend on its own prompt, seed and settings. With the C kernel that is
+    exact: alone or beside any others, whatever the number of threads, the same units bit for bit.
+    Elsewhere matrix products of another shape may round differently.
+
+    Args:
+        model: in evaluation mode; its weights must stay where they are.
+        rows: B, streams that can go on at the same time.
+        max_positions: longest stream to come, in tokens (`Stream.positions`); only full attention
+            needs it, and takes the model's own `max_positions` by default.
+        prefill_chunk: tokens of a prompt per forward pass.
+
+    Raises:
+        ConfigError: sizes below one.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        rows: int,
+        *,
+        max_positions: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
+        if rows < 1 or prefill_chunk < 1:
+            raise ConfigError(f"rows={rows}, prefill_chunk={prefill_chunk}: each at least 1")
+        self.model = model
+        self.rows = rows
+        self.max_positions = max_positions
+        self.prefill_chunk = prefill_chunk
+        self.device = device = model.embedding.device
+        with torch.inference_mode():
+            self.state = model.initial_state(rows, max_positions=max_positions)
+            self.logits_BV = torch.zeros(rows, model.vocab_size, device=device)
+            self.uniforms_BN = torch.zeros(rows, MOST_STEPS)
+            self.drawn_BN = torch.full((rows, MOST_STEPS), -1)
+            self.temperature_B = torch.ones(rows, device=device)
+            self.top_k_B = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.top_p_B = torch.ones(rows, device=device)
+            self.generators = [torch.Generator() for _ in range(rows)]
+            # Slots of full attention: a stream that outgrows them would overwrite its own past.
+            self.room = full_attention_slots(model, self.state)
+            self.fed = [0] * rows
+            self.streams: dict[int, Stream] = {}
+            self.limits_used = False
+            if can_decode(model):
+                self.decoder: CpuDecoder | TorchDecoder = CpuDecoder(
+                    model, self.state, self.logits_BV
+                )
+            else:
+                self.decoder = TorchDecoder(model, self.state, self.logits_BV)
+
+    @torch.inference_mode()
+    def start(self, row: int, stream: Stream) -> None:
+        """Feed BOS and the prompt of a stream, alone and in chunks, and put it into a row.
+
+        Raises:
+            ConfigError: no such row, one that is taken, an impossible stream, or a prompt that
+                the cache of full attention has no room for.
+        """
+        if not 0 <= row < self.rows or row in self.streams:
+            state = "is taken" if row in self.streams else f"is not in 0 ... {self.rows - 1}"
+            raise ConfigError(f"row {row} {state}: stop it, or choose another")
+        stream.check(self.model.vocab_size)
+        prompt_T = torch.from_numpy(np.asarray(stream.prompt).astype(np.int64))
+        tokens_1T = torch.cat([torch.tensor([self.model.bos_id]), prompt_T])[None].to(self.device)
+        state = self.model.initial_state(1, max_positions=self.max_positions)
+        for tokens in tokens_1T.split(self.prefill_chunk, dim=1):
+            hidden_1TD, state = self.model(tokens, tokens == self.model.bos_id, state)
+        copy_row(state, self.state, row)
+        self.logits_BV[row] = self.model.logits(hidden_1TD[0, -1])
+        self.temperature_B[row] = stream.temperature
+        self.top_k_B[row] = stream.top_k
+        self.top_p_B[row] = stream.top_p
+        self.generators[row].manual_seed(stream.seed)
+        self.fed[row] = tokens_1T.shape[1]
+        self.streams[row] = stream
+
+    def stop(self, row: int) -> None:
+        """Free a row; what it held is overwritten when the next stream starts there."""
+        self.streams.pop(row, None)
+
+    def step(self, count: int = 1) -> np.ndarray:
+        """Draw `count` units for every stream that is going on.
+
+        Returns:
+            int64 `[B, count]`; -1 in rows without a stream.
+
+        Raises:
+            ConfigError: no stream, count below 1, a cache of full attention that is full, or
+                logits that are not finite.
+        """
+        if count < 1 or not self.streams:
+            raise ConfigError(f"step({count}) with {len(self.streams)} streams: each at least 1")
+        rows = sorted(self.streams)
+        # The last unit is fed in as well, where nobody may look at it any more.
+        needed = max(self.fed[row] for row in rows) + count - 1
+        if self.room is not None and needed > self.room:
+            raise ConfigError(
+                f"the Transformer's cache has {self.room} positions and {needed} are needed: raise "
+                "max_positions, or use Griffin, whose state does not grow"
+            )
+        pieces = []
+        while count:
+            piece = min(count, MOST_STEPS)
+            pieces.append(self._steps(rows, piece))
+            count -= piece
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+
+    @torch.inference_mode()
+    def _steps(self, rows: list[int], count: int) -> np.ndarray:
+        for row in rows:
+            # One number per unit, so the stream does not depend on `count`.
+            torch.rand(
+                count, generator=self.generators[row], out=self.uniforms_BN[row, :count]
+            )
+            self.fed[row] += count
+        self.drawn_BN.fill_(-1)
+        finite = self.decoder.run(
+            torch.tensor(rows),
+            count,
+            self.uniforms_BN,
+            self.drawn_BN,
+            self.temperature_B,
+            self.top_k_B,
+            self.top_p_B,
+        )
+        if not finite:
+            raise ConfigError(
+                "the language model's logits are not finite: its weights are broken, train again "
+                "or choose an earlier checkpoint"
+            )
+        return self.drawn_BN[:, :count].numpy().copy()
+
+
+def decode(
+    model: LanguageModel,
+    streams: Iterable[Stream],
+    rows: int,
+    *,
+    max_positions: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode streams to their end, `rows` at a time; where one ends, the next takes its row.
+
+    Args:
+        streams: each with `max_units`; taken one by one as rows become free.
+        max_positions: see `DecodeEngine`.
+
+    Yields:
+        (index of the stream, its units int64 `[max_units]`), in the order in which they end.
+
+    Raises:
+        ConfigError: a stream without `max_units`, and as `DecodeEngine`.
+    """
+    engine = DecodeEngine(model, rows, max_positions=max_positions, prefill_chunk=prefill_chunk)
+    waiting = enumerate(streams)
+    running: dict[int, tuple[int, list[np.ndarray], int]] = {}  # row: stream, units, units left
+    free = list(range(rows))
+    while True:
+        while free and (entry := next(waiting, None)) is not None:
+            index, stream = entry
+            if stream.max_units is None:
+                raise ConfigError(f"stream {index} has no max_units: it would never end")
+            row = free.pop(0)
+            engine.start(row, stream)
+            running[row] = (index, [], stream.max_units)
+        if not running:
+            return
+        count = min(MOST_STEPS, *(left for _, _, left in running.values()))
+        drawn_BN = engine.step(count)
+        for row, (index, units, left) in list(running.items()):
+            units.append(drawn_BN[row])
+            running[row] = (index, units, left - count)
+            if left == count:
+                engine.stop(row)
+                del running[row]
+                free.append(row)
+                yield index, np.concatenate(units)
+
+
+class TorchDecoder:
+    """The step by the model's own `forward`: any dtype and device; a CUDA graph on a GPU.
+
+    Every row is computed, also those without a stream: the shapes never change. See `CpuDecoder`
+    for the arguments.
+    """
+
+    def __init__(self, model: LanguageModel, state: LanguageModelState, logits_BV: torch.Tensor):
+        self.model = model
+        self.state = state
+        self.logits_BV = logits_BV
+        self.uniform_B = torch.zeros(len(logits_BV), device=logits_BV.device)
+        self.drawn_B = torch.zeros(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def one(self, temperature_B, top_k_B, top_p_B) -> None:
+        """Draw one unit for every row and feed it in; buffers in, buffers out."""
+        drawn_B = sample(self.logits_BV, self.uniform_B, temperature_B, top_k_B, top_p_B)
+        self.drawn_B.copy_(drawn_B)
+        # Room was looked at before: the Transformer's own check would wait for the device.
+        hidden_B1D, state = LanguageModel.forward(self.model, drawn_B[:, None], None, self.state)
+        copy_state(state, self.state)
+        self.logits_BV.copy_(self.model.logits(hidden_B1D[:, 0]))
+
+    def graph(self, limited: bool, *settings: torch.Tensor | None) -> torch.cuda.CUDAGraph:
+        """The captured step. Warming up and capturing draw units, so the buffers are put back."""
+        kept = map_state(torch.clone, self.state), self.logits_BV.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.one(*settings)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.one(*settings)
+        copy_state(kept[0], self.state)
+        self.logits_BV.copy_(kept[1])
+        return self.graphs.setdefault(limited, graph)
+
+    def run(
+        self, rows_B, steps, uniforms_BN, drawn_BN, temperature_B, top_k_B, top_p_B
+    ) -> bool:
+        limited = bool((top_k_B > 0).any() or (top_p_B < 1).any())
+        settings = (temperature_B, *((top_k_B, top_p_B) if limited else (None, None)))
+        uniforms_NB = uniforms_BN[:, :steps].T.to(self.logits_BV.device)
+        on_gpu = self.logits_BV.device.type == "cuda"
+        graph = None
+        if on_gpu:
+            graph = self.graphs.get(limited) or self.graph(limited, *settings)
+        drawn = []
+        for uniform_B in uniforms_NB:
+            self.uniform_B.copy_(uniform_B)
+            if graph is None:
+                self.one(*settings)
+            else:
+                graph.replay()
+            drawn.append(self.drawn_B.clone())
+        drawn_BN[rows_B, :steps] = torch.stack(drawn, dim=1).cpu()[rows_B]
+        return bool(self.logits_BV[rows_B].isfinite().all())
+
+
+def copy_state(source: LanguageModelState, target: LanguageModelState) -> None:
+    """Every tensor of `source` into the one in its place."""
+    for theirs, ours in zip(tensors_of(source), tensors_of(target), strict=True):
+        ours.copy_(theirs)
+
+
+def copy_row(source: LanguageModelState, target: LanguageModelState, row: int) -> None:
+    """The only row of `source` into `row` of `target`."""
+    for theirs, ours in zip(tensors_of(source), tensors_of(target), strict=True):
+        ours[row].copy_(theirs[0])
+
+
+def tensors_of(state: object) -> Iterator[torch.Tensor]:
+    """All tensors of a state, in order."""
+    if isinstance(state, torch.Tensor):
+        yield state
+        return
+    for part in state:
+        yield from tensors_of(part)
+
+
+def full_attention_slots(model: LanguageModel, state: LanguageModelState) -> int | None:
+    """Positions that the smallest cache of full attention has; None where there is none."""
+    slots = [
+        part.keys_BWH.shape[1]
+        for block, part in zip(model.blocks, state.blocks, strict=True)
+        if isinstance(part, AttentionState) and block.temporal.window is None
+    ]
+    return min(slots, default=None)
