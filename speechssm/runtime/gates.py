@@ -16,7 +16,8 @@ class GateSaturation(L.Callback):
 
     A gate near an end has almost no gradient, and a layer full of such gates no longer chooses by
     its input. Looked at are the gates of the batch of every `every_n_steps`-th step, as it is
-    trained; other steps cost nothing. Networks without RG-LRU log nothing.
+    trained; other steps cost nothing. On XLA it is one more program to compile. Networks without
+    RG-LRU log nothing.
 
     Logged (shares of positions and channels; the mean over layers, and with `_max` the layer that
     has most): `gates/decay_near_one` (a_t > 0.999: remembers, and takes nothing in),

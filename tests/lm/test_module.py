@@ -1,5 +1,7 @@
 """The loss and the training module."""
 
+from types import SimpleNamespace
+
 import lightning
 import pytest
 import torch
@@ -212,6 +214,14 @@ def test_a_compiled_model_has_the_losses_and_the_names_of_a_plain_one(trained):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert compiled_losses[:4] == pytest.approx(losses[:4], abs=1e-4)
     assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_xla_which_compiles_by_itself_refuses_compile():
+    module = LanguageModelModule(MODEL, OPTIMIZER, compile=True)
+    strategy = SimpleNamespace(root_device=SimpleNamespace(type="xla"))
+    module._trainer = SimpleNamespace(strategy=strategy, ckpt_path=None)
+    with pytest.raises(ConfigError, match=r"stage\.compile=true is not for XLA"):
+        module.setup("fit")
 
 
 def test_a_saved_module_loads_with_weights_only(trained, tmp_path):

@@ -171,12 +171,20 @@ def test_a_run_is_compared_by_what_decides_its_result(
         "model": {"pattern": ["x", "y"], "width": 3},
         "data": {"folder": "./data", "num_workers": 2},
         "trainer": {"max_steps": 9, "precision": "32-true"},
+        "select": {"candidates": 5},
+        # Options that came later: off, or the same numbers by another way.
+        "stage": {"compile": True, "initial_weights": None},
+        "optimizer": {"fused": True},
     }
     assert differences(comparable(config), comparable(same)) == []
     assert run_hash(config) == run_hash(same)
     other = {**config, "model": {"width": 4, "pattern": ["x", "y"]}}
     assert differences(comparable(config), comparable(other)) == ["model.width: 3 -> 4"]
     assert run_hash(config) != run_hash(other)
+    begun = config | {"stage": {"initial_weights": "gemma"}}
+    assert differences(comparable(config), comparable(begun)) == [
+        "stage.initial_weights: unset -> gemma"
+    ]
 
 
 def test_a_folder_without_checkpoint_is_a_new_run(tmp_path: Path) -> None:
