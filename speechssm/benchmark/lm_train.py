@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from hydra.utils import instantiate
 
@@ -37,6 +38,7 @@ QUICK_LENGTHS, QUICK_TOKENS = (250, 1000), 2000
 # Only the smallest loss of a first step can differ: theirs has a logit more, for BOS.
 LOSS_TOLERANCE = 0.02
 PEER_GOAL, PEER_LENGTH = 20.0, 5760
+MOST_OF_MEMORY = 0.8  # of what is free may be taken by processes side by side
 LENGTH_GOAL, LONG, SHORT = 0.8, 24_000, 750
 
 
@@ -123,7 +125,7 @@ def run_lm_train(
         lengths: tokens in a row, each a run of its own.
         tokens: in a step; rows = tokens // length, at least one.
         steps: timed ones after a first that warms up; the fastest counts. On the CPU ours takes
-            its steps at all lengths in turn.
+            its steps at all lengths in turn, where memory does for that.
         precision: as Lightning's; both sides alike.
         compile: our blocks through `torch.compile` (the peer's loop over time cannot be).
         activation_checkpointing: for all systems; None leaves it to the model's config.
@@ -167,9 +169,8 @@ def run_lm_train(
                 progress.advance(task, count)
 
             bench.task["model"] = transformer if system == "transformer" else griffin
-            if system == "griffin" and torch.device(device).type == "cpu":
-                measure_in_turn(bench, system, lengths, advance)
-            else:
+            in_turn = system == "griffin" and torch.device(device).type == "cpu"
+            if not (in_turn and measure_in_turn(bench, system, lengths, advance)):
                 measure_one_by_one(bench, system, lengths, advance)
     check_losses(bench)
     rows = train_rows(bench, griffin, device, {"seed": seed, **(details or {})})
@@ -227,8 +228,11 @@ def finish(
 
 def measure_in_turn(
     bench: Bench, system: str, lengths: Sequence[int], advance: Callable[[int], None]
-) -> None:
+) -> bool:
     """All lengths at once, a step of each after the other, so that their ratio is a fair one.
+
+    Returns:
+        False, with nothing measured, where memory would not do for all lengths at once.
 
     Raises:
         TrainingFailed: a process ended.
@@ -236,8 +240,16 @@ def measure_in_turn(
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(start(bench, system, length)) for length in lengths]
         parameters = [process.wait_until_ready()["parameters"] for process in processes]
-        answers: list[list[dict[str, float]]] = [[] for _ in lengths]
-        for _ in range(bench.steps + 1):
+        answers = [[processes[0].step(3600)]]
+        advance(1)
+        # The tokens, and so the memory, are much the same at all lengths.
+        more = (len(lengths) - 1) * processes[0].peak_bytes()
+        if more > MOST_OF_MEMORY * psutil.virtual_memory().available:
+            return False
+        for process in processes[1:]:
+            answers.append([process.step(3600)])
+            advance(1)
+        for _ in range(bench.steps):
             for process, found in zip(processes, answers, strict=True):
                 found.append(process.step(3600))
                 advance(1)
@@ -245,6 +257,7 @@ def measure_in_turn(
             lengths, processes, parameters, answers, strict=True
         ):
             finish(bench, system, length, process, count, found)
+    return True
 
 
 def measure_one_by_one(

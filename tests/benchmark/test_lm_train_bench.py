@@ -109,6 +109,15 @@ def test_a_slow_peer_ends_its_series_and_the_line_says_so(monkeypatch):
     ]
 
 
+def test_lengths_are_measured_one_by_one_where_memory_is_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(lm_train, "MOST_OF_MEMORY", 0.0)
+    rows = run_lm_train(tmp_path, name="griffin_x", griffin=GRIFFIN, transformer=TRANSFORMER,
+                        lengths=[8, 16], tokens=32, steps=1, systems=["griffin"],
+                        show_progress=False)  # fmt: skip
+    shapes = [row.shape for row in rows if row.name == "train_tokens_per_second"]
+    assert shapes == ["B4 T8", "B2 T16"]
+
+
 def test_different_losses_of_equal_weights_end_the_bench():
     bench = bench_of(point("griffin", 750, 1.0), point("recurrentgemma", 750, 1.0))
     lm_train.check_losses(bench)
