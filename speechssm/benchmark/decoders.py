@@ -1,53 +1,60 @@
-"""Ways to decode that the bench of decoding times, each as a call that decodes a few tokens.
+"""Ways to decode that the bench of decoding times: our engine, and the `generate` of a peer.
 
-Legend: B batch, V vocabulary.
+Legend: B batch (rows), T time.
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from speechssm.benchmark.positions import tensors_of
 from speechssm.lm.backbone import LanguageModel, LanguageModelState
-from speechssm.lm.sampling import sample
-from speechssm.nn.state import map_state, state_bytes
+from speechssm.lm.engine import DecodeEngine, Stream, copy_state
+from speechssm.nn.state import state_bytes
 
 
-def rows_of(state: LanguageModelState, rows: int) -> LanguageModelState:
-    """The state of one stream, for `rows` streams that have said the same so far."""
-    return map_state(lambda tensor: tensor.repeat_interleave(rows, 0), state)
+class Decoding:
+    """Decodes from one position, again and again: `prepare`, then call.
 
+    All rows carry the stream that `state` is of, each in memory of its own; they draw at
+    temperature 1, each from its own generator.
 
-def decoding(
-    model: LanguageModel, state: LanguageModelState, tokens: int, *, seed: int = 0
-) -> Callable[[], LanguageModelState]:
-    """A call that decodes `tokens` tokens of each row from `state`, always the same ones.
-
-    Draws at temperature 1 from all units, as generation does.
-
-    Returns:
-        The call; it returns the state that it has come to.
+    Args:
+        model: in evaluation mode.
+        state: of one stream after `position` tokens.
+        tokens: decoded by a call.
+        rows: B.
     """
-    device = model.embedding.device
-    rows = len(next(tensors_of(state)))
-    generator = torch.Generator().manual_seed(seed)
-    uniform_TB = torch.rand(tokens, rows, generator=generator).to(device)
-    first_B1 = torch.randint(model.vocab_size, (rows, 1), generator=generator).to(device)
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        state: LanguageModelState,
+        position: int,
+        tokens: int,
+        rows: int = 1,
+    ):
+        self.state, self.position, self.tokens = state, position, tokens
+        self.engine = DecodeEngine(model, rows, max_positions=position + tokens)
+        for row in range(rows):
+            self.engine.start(row, Stream(seed=row))
 
     @torch.inference_mode()
-    def call() -> LanguageModelState:
-        token_B1, running = first_B1, state
-        for uniform_B in uniform_TB:
-            hidden_B1D, running = model(token_B1, None, running)
-            logits_BV = model.logits(hidden_B1D[:, -1])
-            token_B1 = sample(logits_BV, uniform_B)[:, None]
-        return running
+    def prepare(self) -> None:
+        """Put all rows back to the position."""
+        copy_state(self.state, self.engine.state)
+        self.engine.fed = [self.position] * self.engine.rows
 
-    return call
+    def __call__(self) -> np.ndarray:
+        """The units drawn, `[B, tokens]`."""
+        return self.engine.step(self.tokens)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all rows, as they are."""
+        return state_bytes(self.engine.state)
 
 
 class Stopwatch:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 
-from speechssm.benchmark.decoders import decoding, rows_of, time_generate
+from speechssm.benchmark.decoders import Decoding, time_generate
 from speechssm.benchmark.peers import INSTALL, installed, named, recurrent_gemma
 from speechssm.benchmark.positions import states_at
 from speechssm.benchmark.results import goal, setting_of, times, write_bench
@@ -36,7 +36,7 @@ KIB, MIB = 2**10, 2**20
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 SYSTEMS = ("griffin", "transformer", "recurrentgemma")
 QUICK = {"positions": (128, 512, 1024), "blocks": 3, "budget": 64, "peer_positions": (128,)}
-LARGEST_TOKENS = 3  # timed one by one, for a step of the largest batch is long
+LARGEST_RUNS = 3
 NEAR, FAR = 2048, 16_000
 TIME_GOAL, FLOOR_GOAL, PEER_GOAL = 1.05, 1.5, 2.0
 SETTLED = "small"  # the size whose speed has a goal
@@ -152,7 +152,7 @@ def run_lm_decode(
         for system, model in models.items():
             for position in positions:
                 state = states[system][position - block]
-                measure_largest(found, system, model, state, position, budget * MIB, device)
+                measure_largest(found, system, model, state, position, block, budget * MIB, device)
                 progress.advance(task)
         if "recurrentgemma" in wanted:
             task = progress.add_task("RecurrentGemma's generate", total=len(peer_positions))
@@ -216,24 +216,29 @@ def measure_single(
 ) -> None:
     """One stream of each model at all positions, in turn with reading and copying memory."""
     readers, copy = Readers(device, found.weight_bytes["griffin"]), Copy(device)
-    calls: dict[Any, Callable[[], object]] = {}
-    sizes = {}
+    decoders = {}
     for system, model in models.items():
         for begun, state in states[system].items():
-            key = system, begun + block
-            calls[key] = decoding(model, state, block)
-            sizes[key] = state_bytes(calls[key]())
+            decoder = decoders[system, begun + block] = Decoding(model, state, begun, block)
+            decoder.prepare()
+            decoder()
             advance()
-    calls |= readers.calls() | {"copy": copy}
+    calls: dict[Any, Callable[[], object]] = {**decoders, **readers.calls(), "copy": copy}
     runs = dict.fromkeys(calls, blocks)
-    taken = time_in_turn(calls, runs, device, advance)
+    taken = time_in_turn(calls, runs, device, advance, rewind)
     found.copy = copy.bandwidth(taken.pop("copy").min())
     found.read = readers.bandwidth(min(taken.pop(name).min() for name in readers.calls()))
     for (system, position), values in taken.items():
         found.single.append(
             Point(system, position, 1, values.min() / block, float(np.median(values)) / block,
-                  len(values), sizes[system, position])
+                  len(values), decoders[system, position].state_bytes)
         )  # fmt: skip
+
+
+def rewind(call: object) -> None:
+    """Before a decoder is timed it goes back to its position."""
+    if isinstance(call, Decoding):
+        call.prepare()
 
 
 def measure_largest(
@@ -242,6 +247,7 @@ def measure_largest(
     model: torch.nn.Module,
     state: Any,
     position: int,
+    block: int,
     budget: float,
     device: str,
 ) -> None:
@@ -252,12 +258,13 @@ def measure_largest(
             f"{found.names[system]} at position {position}: not one state fits into the budget."
         )
         return
-    call = decoding(model, rows_of(state, batch), 1)
-    size = state_bytes(call())
-    values = time_in_turn({"": call}, {"": LARGEST_TOKENS}, device)[""]
+    decoder = Decoding(model, state, position - block, block, batch)
+    decoder.prepare()
+    decoder()
+    values = time_in_turn({"": decoder}, {"": LARGEST_RUNS}, device, prepare=rewind)[""] / block
     found.largest.append(
         Point(system, position, batch, float(values.min()), float(np.median(values)),
-              len(values), size)
+              len(values), decoder.state_bytes)
     )  # fmt: skip
 
 

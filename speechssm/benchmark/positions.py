@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from speechssm.lm.backbone import LanguageModel, LanguageModelState
+from speechssm.lm.engine import tensors_of
 
 CHUNK = 512
 
@@ -21,7 +22,7 @@ def fit_state(model: LanguageModel, state: LanguageModelState, slots: int) -> La
     States that do not grow stay what they are. Full attention's cache gets more slots; its entries
     lie in the order of time as long as it has not been overrun.
     """
-    rows = next(iter(tensors_of(state))).shape[0]
+    rows = len(next(tensors_of(state)))
     fresh = model.initial_state(rows, max_positions=slots)
     return fill(fresh, state)
 
@@ -36,15 +37,6 @@ def fill(target, source):
         return target
     parts = [fill(*pair) for pair in zip(target, source, strict=True)]
     return type(target)(*parts) if hasattr(target, "_fields") else tuple(parts)
-
-
-def tensors_of(state):
-    """All tensors of a nest of tuples."""
-    if isinstance(state, torch.Tensor):
-        yield state
-        return
-    for part in state:
-        yield from tensors_of(part)
 
 
 @torch.inference_mode()

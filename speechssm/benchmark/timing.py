@@ -59,6 +59,7 @@ def time_in_turn(
     runs: Mapping[str, int],
     device: torch.device | str,
     advance: Call = lambda: None,
+    prepare: Callable[[Call], object] = lambda call: None,
 ) -> dict[str, np.ndarray]:
     """Milliseconds of every run of every call.
 
@@ -70,6 +71,7 @@ def time_in_turn(
         runs: how often each is called.
         device: where they compute.
         advance: called after every call, for a progress bar.
+        prepare: called with a call before it is made, outside of its time.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     with no_collection():
@@ -77,7 +79,9 @@ def time_in_turn(
             for name, call in calls.items():
                 if index < runs[name]:
                     if times[name] and times[name][0] < SHORT:
+                        prepare(call)
                         call()
+                    prepare(call)
                     times[name].append(time_call(call, device))
                     advance()
     return {name: np.array(values) for name, values in times.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from speechssm.benchmark.decoders import decoding, rows_of, time_generate
+from speechssm.benchmark.decoders import Decoding, time_generate
 from speechssm.benchmark.lm_decode import (
     Found,
     Point,
@@ -16,8 +16,9 @@ from speechssm.benchmark.lm_decode import (
     weight_bytes,
 )
 from speechssm.benchmark.peers import recurrent_gemma
-from speechssm.benchmark.positions import fit_state, states_at, tensors_of
+from speechssm.benchmark.positions import fit_state, states_at
 from speechssm.errors import ConfigError
+from speechssm.lm.engine import tensors_of
 from speechssm.nn.state import state_bytes
 from speechssm.report.bench_figures import throughput_ratio
 from speechssm.report.rows import read_rows
@@ -97,18 +98,24 @@ def test_a_state_that_fits_is_left_alone():
         assert before is after
 
 
-def test_decoding_advances_and_its_rows_are_alike():
+@pytest.mark.parametrize("config", [GRIFFIN, TRANSFORMER])
+def test_decoding_goes_back_to_its_position(config):
     torch.manual_seed(0)
-    model = instantiate(TRANSFORMER).eval()
+    model = instantiate(config).eval()
     state = states_at(model, [6], room=3)[6]
-    call = decoding(model, state, 3)
-    first, second = call(), call()
-    assert first.blocks[0].position_B.tolist() == [9]
-    for one, other in zip(tensors_of(first), tensors_of(second), strict=True):
-        torch.testing.assert_close(one, other)
-    many = decoding(model, rows_of(state, 4), 1)()
-    assert many.blocks[0].position_B.tolist() == [7] * 4
-    assert state_bytes(many) == 4 * state_bytes(state)
+    before = [tensor.clone() for tensor in tensors_of(state)]
+    decoder = Decoding(model, state, 6, 3, rows=2)
+    decoder.prepare()
+    assert decoder().shape == (2, 3)
+    assert decoder.engine.fed == [9, 9]
+    assert decoder.state_bytes == 2 * state_bytes(model.initial_state(1, max_positions=9))
+    decoder.prepare()
+    assert decoder.engine.fed == [6, 6]
+    for found, expected in zip(tensors_of(decoder.engine.state), before, strict=True):
+        torch.testing.assert_close(found, expected.expand_as(found))
+    # What the first pass has drawn did not change where the stream came from.
+    for found, expected in zip(tensors_of(state), before, strict=True):
+        assert found.equal(expected)
 
 
 def test_generate_is_timed_without_its_prompt_and_its_caches_are_counted():

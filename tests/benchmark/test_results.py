@@ -61,6 +61,13 @@ def test_calls_are_timed_in_turn_and_as_often_as_asked():
     assert order == ["a", "b", "a", "a", "b", "b", "a", "a"]
 
 
+def test_preparations_are_made_before_every_call():
+    order = []
+    time_in_turn({"a": lambda: order.append("call")}, {"a": 2}, "cpu",
+                 prepare=lambda call: order.append("prepare"))  # fmt: skip
+    assert order == ["prepare", "call"] * 3
+
+
 def test_runs_fit_into_the_time_within_their_bounds():
     assert affordable_runs(10.0, 1.0, 20, 50) == 50
     assert affordable_runs(40.0, 1.0, 20, 50) == 25
