@@ -1,5 +1,9 @@
 """The loss and the training module."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
@@ -280,6 +284,19 @@ def test_ids_of_a_batch_are_looked_at_before_they_reach_a_device(name, value, me
     batch[name][1, 7] = value
     with pytest.raises(ConfigError, match=message):
         module.on_before_batch_transfer(batch, 0)
+
+
+def test_two_processes_have_the_gradients_of_one_under_ddp_and_fsdp(tmp_path):
+    worker = Path(__file__).with_name("sharded_worker.py")
+    processes = [
+        subprocess.Popen([sys.executable, worker, str(rank), tmp_path], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, errors[rank][-2000:]
+        worst = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert worst.keys() == {"ddp", "fsdp"} and max(worst.values()) < 1e-5
 
 
 @pytest.mark.parametrize("length", [1, 2])
