@@ -125,6 +125,8 @@ def fixed_subset(
 ) -> dict[str, np.ndarray]:
     """Units of a seeded choice of held-out documents by key; depends on the set of keys alone.
 
+    Documents without units are no documents to choose.
+
     Raises:
         ShardError: no unit shards, or damaged ones. ConfigError: no held-out documents.
     """
@@ -132,7 +134,10 @@ def fixed_subset(
     places = {}
     for record in index.shards:
         reader = ShardReader(index.folder / record.name, record.samples)
-        places |= {key: (reader, number) for number, key in enumerate(reader.keys)}
+        lengths = record.lengths or []
+        for number, (key, length) in enumerate(zip(reader.keys, lengths, strict=True)):
+            if length > 0:
+                places[key] = reader, number
     keys = sorted(places)
     if not keys:
         raise ConfigError(f"{index.folder} holds no documents to select checkpoints on")

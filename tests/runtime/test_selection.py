@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from speechssm.configuration import compose
+from speechssm.data.shards import ShardWriter
 from speechssm.errors import ConfigError
 from speechssm.lm.likelihood import score
 from speechssm.loading import load
@@ -215,6 +216,19 @@ def test_the_subset_is_a_choice_of_keys_that_a_seed_decides(unit_shards: Path) -
     assert list(first) == list(again) and len(first) == 2
     assert list(first) != list(other)
     assert len(fixed_subset(unit_shards, 99, 0, None)) == 4
+
+
+def test_documents_without_units_are_not_chosen(tmp_path: Path) -> None:
+    metadata = {"vocab_size": 16, "rate": 25, "tokenizer_fingerprint": "0" * 64}
+    with ShardWriter(tmp_path / "heldout", "unit", max_samples=2, metadata=metadata) as writer:
+        for number, length in enumerate((0, 5, 0, 7)):
+            units = np.ones(length, dtype=np.uint16)
+            members = {"units.npy": units, "json": {"document": str(number)}}
+            writer.write(f"d{number}", members, seconds=length / 25)
+    assert {key: len(units) for key, units in fixed_subset(tmp_path, 9, 0, 6).items()} == {
+        "d1": 5,
+        "d3": 6,
+    }
 
 
 @pytest.mark.parametrize(
