@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from speechssm.audio.io import WavWriter, read_audio
 from speechssm.audio.resample import resample
 from speechssm.errors import AudioError, ConfigError, FingerprintError, PromptError
-from speechssm.lm.sampling import generate_units
+from speechssm.lm.generation import generate_units
 from speechssm.soundstorm.decoding import PAPER_ITERATIONS
 from speechssm.soundstorm.synthesis import (
     PROMPT_SECONDS,
@@ -61,6 +61,8 @@ def generate(
     soundstorm,
     codec,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     include_prompt: bool = True,
     window_seconds: float = 30.0,
     overlap_seconds: float = 4.0,
@@ -80,7 +82,8 @@ def generate(
         seconds: length of the continuation, rounded up to whole units of 40 ms; None = no end.
         seed: of everything that is drawn; the same seed gives the same speech.
         tokenizer, lm, soundstorm, codec: as `speechssm.load` returns them.
-        temperature: of the language model; `acoustic_temperature`: of SoundStorm.
+        temperature, top_k, top_p: of the language model, see `lm.sampling.sample`;
+            `acoustic_temperature`: of SoundStorm.
         include_prompt: begin with the resynthesised prompt.
         window_seconds, overlap_seconds, first_window_seconds, crossfade_seconds: see
             `soundstorm.synthesis.window_plan`; iterations: see `soundstorm.decoding.decode`.
@@ -131,6 +134,8 @@ def generate(
         prompt_units,
         max_units=None if seconds is None else units_in(seconds, tokenizer.rate),
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
         include_prompt=include_prompt,
     )
@@ -147,17 +152,15 @@ def continuation(
     prompt_units: np.ndarray | None,
     *,
     max_units: int | None,
-    temperature: float,
     seed: int,
     include_prompt: bool,
+    **drawing: float,
 ) -> Iterator[np.ndarray]:
     """Blocks of units int64 [N]: the prompt's (if included), then the model's as it makes them."""
     if prompt_units is not None and include_prompt:
         yield prompt_units
     prompt_BT = None if prompt_units is None else torch.from_numpy(prompt_units)[None]
-    for block_BN in generate_units(
-        lm, prompt_BT, temperature=temperature, seed=seed, max_units=max_units
-    ):
+    for block_BN in generate_units(lm, prompt_BT, seed=seed, max_units=max_units, **drawing):
         yield block_BN[0]
 
 

@@ -47,6 +47,12 @@ class CountingModel:
         self.fed.append(tokens_BT.clone())
         return tokens_BT[..., None].float(), state
 
+    def step(self, tokens_B1, state):
+        return self(tokens_B1, None, state)
+
+    def position_limit(self, state):
+        return None
+
     def logits(self, hidden_BD):
         step = sum(tokens.shape[1] for tokens in self.fed) % 7
         return 1e4 * torch.eye(UNITS)[step].expand(len(hidden_BD), -1)

@@ -186,6 +186,19 @@ class LanguageModel(nn.Module):
         hidden_BTD = self.final_norm(x_BTD)
         return hidden_BTD, None if state is None else LanguageModelState(tuple(states))
 
+    def step(
+        self, tokens_B1: torch.Tensor, state: LanguageModelState
+    ) -> tuple[torch.Tensor, LanguageModelState]:
+        """`forward` of one token per row, without checks that would wait for a device.
+
+        Ids in 0 ... V, and no more of them than `position_limit`, are for the caller to see to.
+        """
+        return LanguageModel.forward(self, tokens_B1, None, state)
+
+    def position_limit(self, state: LanguageModelState) -> int | None:
+        """How many tokens a document can have with this state; None where there is no limit."""
+        return None
+
     @property
     def output_weight(self) -> torch.Tensor:
         """Weight of the logits, `[V, D]`: BOS has no row and so can never be sampled."""

@@ -77,16 +77,16 @@ def library() -> ctypes.CDLL | None:
 
 def can_decode(model: LanguageModel) -> bool:
     """Whether the kernel knows this network: float32 on the CPU, blocks of the two kinds."""
-    known = all(
+    known = isinstance(model, LanguageModel) and all(
         type(block) is ResidualBlock
         and isinstance(block.temporal, RecurrentBlock | MultiQueryAttention)
         for block in model.blocks
     )
-    plain = all(
+    plain = known and all(
         tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
         for tensor in model.parameters()
     )
-    return known and plain and library() is not None
+    return plain and library() is not None
 
 
 class CpuDecoder:

@@ -8,7 +8,7 @@ state of every row, logits, what is drawn. On a CPU in float32 a step is one cal
 Legend: B rows, N units of a call, T time, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,6 @@ from speechssm.errors import ConfigError
 from speechssm.lm.backbone import LanguageModel, LanguageModelState
 from speechssm.lm.decode_cpu import CpuDecoder, can_decode
 from speechssm.lm.sampling import check_units, sample
-from speechssm.nn.attention import AttentionState
 from speechssm.nn.state import map_state
 
 PREFILL_CHUNK = 512
@@ -109,11 +108,10 @@ class DecodeEngine:
             self.top_k_B = torch.zeros(rows, dtype=torch.int64, device=device)
             self.top_p_B = torch.ones(rows, device=device)
             self.generators = [torch.Generator() for _ in range(rows)]
-            # Slots of full attention: a stream that outgrows them would overwrite its own past.
-            self.room = full_attention_slots(model, self.state)
+            # A stream that outgrows a cache of full attention would overwrite its own past.
+            self.room = model.position_limit(self.state)
             self.fed = [0] * rows
             self.streams: dict[int, Stream] = {}
-            self.limits_used = False
             if can_decode(model):
                 self.decoder: CpuDecoder | TorchDecoder = CpuDecoder(
                     model, self.state, self.logits_BV
@@ -164,8 +162,7 @@ class DecodeEngine:
         if count < 1 or not self.streams:
             raise ConfigError(f"step({count}) with {len(self.streams)} streams: each at least 1")
         rows = sorted(self.streams)
-        # The last unit is fed in as well, where nobody may look at it any more.
-        needed = max(self.fed[row] for row in rows) + count - 1
+        needed = max(self.fed[row] for row in rows) + count
         if self.room is not None and needed > self.room:
             raise ConfigError(
                 f"the Transformer's cache has {self.room} positions and {needed} are needed: raise "
@@ -182,9 +179,7 @@ class DecodeEngine:
     def _steps(self, rows: list[int], count: int) -> np.ndarray:
         for row in rows:
             # One number per unit, so the stream does not depend on `count`.
-            torch.rand(
-                count, generator=self.generators[row], out=self.uniforms_BN[row, :count]
-            )
+            torch.rand(count, generator=self.generators[row], out=self.uniforms_BN[row, :count])
             self.fed[row] += count
         self.drawn_BN.fill_(-1)
         finite = self.decoder.run(
@@ -204,52 +199,6 @@ class DecodeEngine:
         return self.drawn_BN[:, :count].numpy().copy()
 
 
-def decode(
-    model: LanguageModel,
-    streams: Iterable[Stream],
-    rows: int,
-    *,
-    max_positions: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Decode streams to their end, `rows` at a time; where one ends, the next takes its row.
-
-    Args:
-        streams: each with `max_units`; taken one by one as rows become free.
-        max_positions: see `DecodeEngine`.
-
-    Yields:
-        (index of the stream, its units int64 `[max_units]`), in the order in which they end.
-
-    Raises:
-        ConfigError: a stream without `max_units`, and as `DecodeEngine`.
-    """
-    engine = DecodeEngine(model, rows, max_positions=max_positions, prefill_chunk=prefill_chunk)
-    waiting = enumerate(streams)
-    running: dict[int, tuple[int, list[np.ndarray], int]] = {}  # row: stream, units, units left
-    free = list(range(rows))
-    while True:
-        while free and (entry := next(waiting, None)) is not None:
-            index, stream = entry
-            if stream.max_units is None:
-                raise ConfigError(f"stream {index} has no max_units: it would never end")
-            row = free.pop(0)
-            engine.start(row, stream)
-            running[row] = (index, [], stream.max_units)
-        if not running:
-            return
-        count = min(MOST_STEPS, *(left for _, _, left in running.values()))
-        drawn_BN = engine.step(count)
-        for row, (index, units, left) in list(running.items()):
-            units.append(drawn_BN[row])
-            running[row] = (index, units, left - count)
-            if left == count:
-                engine.stop(row)
-                del running[row]
-                free.append(row)
-                yield index, np.concatenate(units)
-
-
 class TorchDecoder:
     """The step by the model's own `forward`: any dtype and device; a CUDA graph on a GPU.
 
@@ -263,14 +212,14 @@ class TorchDecoder:
         self.logits_BV = logits_BV
         self.uniform_B = torch.zeros(len(logits_BV), device=logits_BV.device)
         self.drawn_B = torch.zeros(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+        self.use_graph = logits_BV.device.type == "cuda"
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def one(self, temperature_B, top_k_B, top_p_B) -> None:
         """Draw one unit for every row and feed it in; buffers in, buffers out."""
         drawn_B = sample(self.logits_BV, self.uniform_B, temperature_B, top_k_B, top_p_B)
         self.drawn_B.copy_(drawn_B)
-        # Room was looked at before: the Transformer's own check would wait for the device.
-        hidden_B1D, state = LanguageModel.forward(self.model, drawn_B[:, None], None, self.state)
+        hidden_B1D, state = self.model.step(drawn_B[:, None], self.state)
         copy_state(state, self.state)
         self.logits_BV.copy_(self.model.logits(hidden_B1D[:, 0]))
 
@@ -290,15 +239,12 @@ class TorchDecoder:
         self.logits_BV.copy_(kept[1])
         return self.graphs.setdefault(limited, graph)
 
-    def run(
-        self, rows_B, steps, uniforms_BN, drawn_BN, temperature_B, top_k_B, top_p_B
-    ) -> bool:
+    def run(self, rows_B, steps, uniforms_BN, drawn_BN, temperature_B, top_k_B, top_p_B) -> bool:
         limited = bool((top_k_B > 0).any() or (top_p_B < 1).any())
         settings = (temperature_B, *((top_k_B, top_p_B) if limited else (None, None)))
         uniforms_NB = uniforms_BN[:, :steps].T.to(self.logits_BV.device)
-        on_gpu = self.logits_BV.device.type == "cuda"
         graph = None
-        if on_gpu:
+        if self.use_graph:
             graph = self.graphs.get(limited) or self.graph(limited, *settings)
         drawn = []
         for uniform_B in uniforms_NB:
@@ -331,13 +277,3 @@ def tensors_of(state: object) -> Iterator[torch.Tensor]:
         return
     for part in state:
         yield from tensors_of(part)
-
-
-def full_attention_slots(model: LanguageModel, state: LanguageModelState) -> int | None:
-    """Positions that the smallest cache of full attention has; None where there is none."""
-    slots = [
-        part.keys_BWH.shape[1]
-        for block, part in zip(model.blocks, state.blocks, strict=True)
-        if isinstance(part, AttentionState) and block.temporal.window is None
-    ]
-    return min(slots, default=None)

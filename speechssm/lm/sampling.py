@@ -1,15 +1,8 @@
-"""Drawing units from logits, and units without end from a language model.
+"""Drawing units from logits. Legend: B batch (independent streams), V vocabulary."""
 
-Legend: B batch (independent streams), T time, V vocabulary.
-"""
-
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 
 from speechssm.errors import ConfigError
-from speechssm.lm.backbone import LanguageModel
 
 
 def sample(
@@ -73,75 +66,3 @@ def check_units(units: torch.Tensor, vocab_size: int) -> None:
             f"unit ids from {int(units.min())} to {int(units.max())} do not fit the language "
             f"model's vocab_size={vocab_size}: use units of the tokenizer that it was trained with"
         )
-
-
-def generate_units(
-    model: LanguageModel,
-    prompt_units_BT: torch.Tensor | np.ndarray | None = None,
-    *,
-    chunk: int = 25,
-    temperature: float | torch.Tensor = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    max_units: int | None = None,
-    batch_size: int = 1,
-) -> Iterator[np.ndarray]:
-    """Continues prompts, or speaks from nothing, without end.
-
-    Row b draws from its own generator, seeded `seed + b`: the same seed gives the same units,
-    alone or in a batch (see `DecodeEngine`).
-
-    Args:
-        model: in evaluation mode.
-        prompt_units_BT: int64 units, one prompt per row, BOS not included; None begins each
-            of `batch_size` rows with BOS alone. The prompt itself is not yielded.
-        chunk: units per yielded piece (25 = 1 s).
-        temperature: one, or one per row `[B]`; 0 takes the most likely unit.
-        top_k, top_p: see `sample`.
-        max_units: stop after this many units per row; None never stops.
-        batch_size: rows when there is no prompt.
-
-    Yields:
-        int64 `[B, n]`, n = `chunk` except in the last piece.
-
-    Raises:
-        ConfigError: impossible arguments, a unit that the model does not know, or a model whose
-            logits are not finite.
-    """
-    from speechssm.lm.engine import DecodeEngine, Stream
-
-    if chunk < 1 or batch_size < 1 or (max_units is not None and max_units < 1):
-        raise ConfigError(
-            f"chunk={chunk}, batch_size={batch_size}, max_units={max_units}: each at least 1"
-        )
-    if prompt_units_BT is None:
-        prompt_units_BT = np.zeros((batch_size, 0), dtype=np.int64)
-    prompt_BT = np.asarray(prompt_units_BT)
-    if prompt_BT.ndim != 2:
-        raise ConfigError(f"prompt of shape {prompt_BT.shape}: [B, T] is needed")
-    temperatures = np.asarray(temperature, dtype=np.float32)
-    if temperatures.shape not in ((), (len(prompt_BT),)):
-        raise ConfigError(
-            f"temperature={temperatures.tolist()}: one for all {len(prompt_BT)} rows or one each"
-        )
-    temperatures = np.broadcast_to(temperatures, len(prompt_BT))
-    streams = [
-        Stream(prompt_T, seed + row, float(temperatures[row]), top_k, top_p, max_units)
-        for row, prompt_T in enumerate(prompt_BT)
-    ]
-    for stream in streams:
-        stream.check(model.vocab_size)
-    max_positions = None if max_units is None else streams[0].positions
-    engine = DecodeEngine(model, len(streams), max_positions=max_positions)
-
-    def pieces() -> Iterator[np.ndarray]:
-        for row, stream in enumerate(streams):
-            engine.start(row, stream)
-        left = max_units
-        while left is None or left > 0:
-            count = chunk if left is None else min(chunk, left)
-            yield engine.step(count)
-            left = None if left is None else left - count
-
-    return pieces()

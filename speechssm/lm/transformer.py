@@ -87,6 +87,9 @@ class Transformer(LanguageModel):
             check_room(tokens_BT, document_start_BT, state)
         return super().forward(tokens_BT, document_start_BT, state)
 
+    def position_limit(self, state: LanguageModelState) -> int | None:
+        return state.blocks[0].keys_BWH.shape[1] if self.window is None else None
+
 
 def check_room(
     tokens_BT: torch.Tensor,

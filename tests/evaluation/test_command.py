@@ -69,7 +69,7 @@ def test_mistakes_of_evaluate_are_named(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"subject": "speling"}, "choose one of: pipeline"),
+        ({"subject": "speling"}, "choose one of: scan"),
         ({"subject": "pipeline"}, "out is not set"),
         ({"subject": "pipeline", "out": "b"}, "tokenizer is not set"),
     ],
