@@ -7,75 +7,32 @@ import ctypes
 
 import torch
 
+from speechssm.kernels.arguments import (
+    TYPES,
+    Rows,
+    contiguous,
+    pointer,
+    side_by_side,
+    stream,
+    struct,
+)
 from speechssm.kernels.build import load_library
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
-# Results of at least so many bytes are written past the caches, which do not hold them anyway.
-STREAM_BYTES = 4 * 2**20
-
-
-class Rows(ctypes.Structure):
-    """A [B, T, D] tensor as the kernels see it; it must outlive the call."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("time_stride", ctypes.c_int64),
-    )
-
-    @classmethod
-    def of(cls, tensor_BTD: torch.Tensor) -> "Rows":
-        return cls(tensor_BTD.data_ptr(), *tensor_BTD.stride()[:2])
-
-
-def arguments(name: str, rows: str, pointers: str) -> type[ctypes.Structure]:
-    """The struct that a kernel takes: tensors, pointers, sizes, type and ways."""
-    fields = [(field, Rows) for field in rows.split()]
-    fields += [(field, ctypes.c_void_p) for field in pointers.split()]
-    fields += [(field, ctypes.c_int64) for field in ("batch", "length", "width")]
-    fields += [(field, ctypes.c_int32) for field in ("type", "stream", "threads")]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-ForwardArguments = arguments("ForwardArguments", "gate input states", "initial reset")
-BackwardArguments = arguments(
+ForwardArguments = struct(
+    "ForwardArguments", "gate input states", "initial reset", "type stream threads"
+)
+BackwardArguments = struct(
     "BackwardArguments",
     "gate states grad_states grad_gate grad_input",
     "initial reset grad_initial",
+    "type stream threads",
 )
 
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether the kernel is there, or could be built now."""
-    return load_library("linear_scan") is not None
-
-
-def side_by_side(tensor_BTD: torch.Tensor) -> torch.Tensor:
-    """With channels next to each other in memory; copied only where they are not."""
-    return tensor_BTD if tensor_BTD.stride(-1) == 1 else tensor_BTD.contiguous()
-
-
-def pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def streams(*written_BTD: torch.Tensor) -> bool:
-    """Whether results are written past the caches: large ones whose rows are whole lines."""
-    return all(
-        tensor.numel() * tensor.element_size() >= STREAM_BYTES
-        and tensor.data_ptr() % 64 == 0
-        and tensor.shape[-1] % 16 == 0
-        for tensor in written_BTD
-    )
-
-
-def kept(initial_BD: torch.Tensor | None, reset_BT: torch.Tensor | None) -> tuple:
-    """Initial state and resets in the layout of the kernels."""
-    return (
-        None if initial_BD is None else initial_BD.contiguous(),
-        None if reset_BT is None else reset_BT.contiguous(),
-    )
+    """Whether the kernels of this room are there, or could be built now."""
+    return all(load_library(name) is not None for name in ("linear_scan", "rg_lru"))
 
 
 @torch.library.custom_op("speechssm::linear_scan", mutates_args=(), device_types="cpu")
@@ -86,7 +43,7 @@ def linear_scan_op(
     reset_BT: torch.Tensor | None,
 ) -> torch.Tensor:
     gate_BTD, input_BTD = side_by_side(gate_BTD), side_by_side(input_BTD)
-    initial_BD, reset_BT = kept(initial_BD, reset_BT)
+    initial_BD, reset_BT = contiguous(initial_BD), contiguous(reset_BT)
     states_BTD = gate_BTD.new_empty(gate_BTD.shape, dtype=torch.float32)
     load_library("linear_scan").linear_scan_forward(
         ctypes.byref(
@@ -98,7 +55,7 @@ def linear_scan_op(
                 pointer(reset_BT),
                 *gate_BTD.shape,
                 TYPES[gate_BTD.dtype],
-                streams(states_BTD),
+                stream(states_BTD),
                 torch.get_num_threads(),
             )
         )
@@ -120,7 +77,7 @@ def linear_scan_backward_op(
     reset_BT: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_BTD, gate_BTD, states_BTD = map(side_by_side, (grad_BTD, gate_BTD, states_BTD))
-    initial_BD, reset_BT = kept(initial_BD, reset_BT)
+    initial_BD, reset_BT = contiguous(initial_BD), contiguous(reset_BT)
     grad_gate_BTD = gate_BTD.new_empty(gate_BTD.shape)
     grad_input_BTD = gate_BTD.new_empty(gate_BTD.shape)
     grad_initial_BD = states_BTD.new_empty(gate_BTD[:, 0].shape)
@@ -137,7 +94,7 @@ def linear_scan_backward_op(
                 pointer(grad_initial_BD),
                 *gate_BTD.shape,
                 TYPES[gate_BTD.dtype],
-                streams(grad_gate_BTD, grad_input_BTD),
+                stream(grad_gate_BTD, grad_input_BTD),
                 torch.get_num_threads(),
             )
         )

@@ -1,0 +1,216 @@
+/* The RG-LRU from the logits of its gates to its states, and back, over [B, T, D]:
+ *
+ *   i = sigmoid(input_logit), r = sigmoid(recurrence_logit), a = exp(r rate)
+ *   h_t = a h_{t-1} + sqrt(1 - a^2) i x_t;  where a document starts a = 0 and the root is one
+ *
+ * One pass over memory each way: 4 streams of B T D numbers forward, 7 backward. Forward keeps the
+ * state at the beginning of every CHUNK steps; backward computes gates and states of a chunk again.
+ * Logits are of one type, x and the states of one, each float32 or bfloat16; all arithmetic is
+ * float32. Rows may be strided in B and T, channels lie side by side.
+ */
+#include "lanes.h"
+
+#ifndef CHUNK
+#define CHUNK 16
+#endif
+
+typedef struct {
+    rows input_logit, recurrence_logit, x, states;
+    const float *rate;    /* [D] */
+    const float *initial; /* [B, D] or null */
+    const uint8_t *start; /* [B, T] or null */
+    float *chunk_states;  /* [B, ceil(T / CHUNK), D] */
+    float *last;          /* [B, D] */
+    int64_t batch, length, width;
+    int32_t logit_type, x_type;
+    int32_t stream; /* write past the caches */
+    int32_t threads;
+} forward_arguments;
+
+typedef struct {
+    rows input_logit, recurrence_logit, x, grad_states;
+    rows grad_input_logit, grad_recurrence_logit, grad_x;
+    const float *rate;
+    const uint8_t *start;
+    const float *chunk_states;
+    const float *grad_last; /* [B, D] */
+    float *grad_rate;       /* [B, D]: the sum over B is left to the caller */
+    float *grad_initial;    /* [B, D] */
+    int64_t batch, length, width;
+    int32_t logit_type, x_type;
+    int32_t stream; /* write past the caches */
+    int32_t threads;
+} backward_arguments;
+
+INLINE lanes square_root(lanes value)
+{
+    for (int lane = 0; lane < LANES; ++lane)
+        value[lane] = __builtin_sqrtf(value[lane]);
+    return value;
+}
+
+typedef struct {
+    lanes input, recurrence, decay, multiplier;
+} gates;
+
+INLINE gates gates_of(lanes input_logit, lanes recurrence_logit, lanes rate, int start)
+{
+    gates gate;
+    gate.input = 1 / (1 + exp_lanes(-input_logit));
+    gate.recurrence = 1 / (1 + exp_lanes(-recurrence_logit));
+    if (start) {
+        gate.decay = all(0);
+        gate.multiplier = all(1);
+        return gate;
+    }
+    lanes fraction, power = exponential(gate.recurrence * rate, &fraction);
+    gate.decay = power * fraction + power;
+    /* 1 - a^2 = (1 - a)(1 + a), where 1 - a keeps its digits near a = 1. */
+    lanes complement = (1 - power) - power * fraction;
+    gate.multiplier = square_root(complement * (1 + gate.decay));
+    return gate;
+}
+
+INLINE void forward_step(const forward_arguments *call, lanes *state, lanes rate, const void *p,
+                         const void *q, const void *x, void *output, int64_t index, int count,
+                         int start, enum way way)
+{
+    gates gate = gates_of(load(p, index, count, call->logit_type),
+                          load(q, index, count, call->logit_type), rate, start);
+    lanes fresh = gate.multiplier * gate.input * load(x, index, count, call->x_type);
+    *state = start ? fresh : gate.decay * *state + fresh;
+    store(output, index, *state, count, call->x_type, way);
+}
+
+static void forward_tile(const forward_arguments *call, int64_t row, int64_t channel, int64_t width)
+{
+    lanes state[LARGEST_TILE / LANES] = {0}, rate[LARGEST_TILE / LANES] = {0};
+    const int64_t whole = width / LANES * LANES, corner = row * call->width + channel;
+    const int64_t chunks = (call->length + CHUNK - 1) / CHUNK;
+    const uint8_t *start = call->start ? call->start + row * call->length : 0;
+    memcpy(rate, call->rate + channel, width * sizeof(float));
+    if (call->initial)
+        memcpy(state, call->initial + corner, width * sizeof(float));
+    const int64_t p_ahead = ahead(call->input_logit, call->logit_type);
+    const int64_t q_ahead = ahead(call->recurrence_logit, call->logit_type);
+    const int64_t x_ahead = ahead(call->x, call->x_type);
+    for (int64_t time = 0; time < call->length; ++time) {
+        if (time % CHUNK == 0)
+            memcpy(call->chunk_states + (row * chunks + time / CHUNK) * call->width + channel, state,
+                   width * sizeof(float));
+        const void *p = row_of(call->input_logit, row, time, channel, call->logit_type);
+        const void *q = row_of(call->recurrence_logit, row, time, channel, call->logit_type);
+        const void *x = row_of(call->x, row, time, channel, call->x_type);
+        void *output = row_of(call->states, row, time, channel, call->x_type);
+        const int begin = start && start[time];
+        for (int64_t index = 0; index < whole; index += LANES) {
+            prefetch(p, index + p_ahead, call->logit_type);
+            prefetch(q, index + q_ahead, call->logit_type);
+            prefetch(x, index + x_ahead, call->x_type);
+            forward_step(call, &state[index / LANES], rate[index / LANES], p, q, x, output, index,
+                         LANES, begin, call->stream);
+        }
+        if (whole < width)
+            forward_step(call, &state[whole / LANES], rate[whole / LANES], p, q, x, output, whole,
+                         width - whole, begin, CACHE);
+    }
+    memcpy(call->last + corner, state, width * sizeof(float));
+}
+
+/* `count` channels of the chunk that begins at `from`, all of its steps. */
+INLINE void backward_chunk(const backward_arguments *call, int64_t row, int64_t from, int64_t steps,
+                           int64_t channel, int count, lanes rate, lanes *carry, lanes *grad_rate,
+                           enum way way)
+{
+    gates gate[CHUNK];
+    lanes before[CHUNK], fresh[CHUNK];
+    const uint8_t *start = call->start ? call->start + row * call->length : 0;
+    const int64_t chunks = (call->length + CHUNK - 1) / CHUNK;
+    lanes state = load(call->chunk_states, (row * chunks + from / CHUNK) * call->width + channel,
+                       count, FLOAT32);
+    for (int64_t step = 0; step < steps; ++step) {
+        const int64_t time = from + step;
+        const void *p = row_of(call->input_logit, row, time, channel, call->logit_type);
+        const void *q = row_of(call->recurrence_logit, row, time, channel, call->logit_type);
+        const void *x = row_of(call->x, row, time, channel, call->x_type);
+        prefetch(p, -CHUNK * call->input_logit.time_stride, call->logit_type);
+        prefetch(q, -CHUNK * call->recurrence_logit.time_stride, call->logit_type);
+        prefetch(x, -CHUNK * call->x.time_stride, call->x_type);
+        const int begin = start && start[time];
+        gate[step] = gates_of(load(p, 0, count, call->logit_type),
+                              load(q, 0, count, call->logit_type), rate, begin);
+        before[step] = state;
+        fresh[step] = load(x, 0, count, call->x_type) * gate[step].input;
+        state = gate[step].multiplier * fresh[step] + (begin ? all(0) : gate[step].decay * state);
+    }
+    lanes rates = {0};
+    for (int64_t step = steps - 1; step >= 0; --step) {
+        const int64_t time = from + step;
+        const gates g = gate[step];
+        const void *grad = row_of(call->grad_states, row, time, channel, call->x_type);
+        prefetch(grad, -CHUNK * call->grad_states.time_stride, call->x_type);
+        const lanes total = load(grad, 0, count, call->x_type) + *carry;
+        const lanes through = total * g.multiplier;
+        store(row_of(call->grad_x, row, time, channel, call->x_type), 0, through * g.input, count,
+              call->x_type, way);
+        store(row_of(call->grad_input_logit, row, time, channel, call->logit_type), 0,
+              through * fresh[step] * (1 - g.input), count, call->logit_type, way);
+        lanes logarithm = {0}; /* gradient of log a */
+        *carry = logarithm;
+        if (!(start && start[time])) {
+            /* d multiplier / d log a = -a^2 / multiplier, where 1 / (2 multiplier) is at most 1000:
+             * near a = 1 the true derivative has no bound. */
+            lanes root = choose(g.multiplier < 5e-4f, all(5e-4f), g.multiplier);
+            logarithm = total * g.decay * (before[step] - fresh[step] * (g.decay / root));
+            *carry = total * g.decay;
+        }
+        logarithm *= g.recurrence;
+        rates += logarithm;
+        store(row_of(call->grad_recurrence_logit, row, time, channel, call->logit_type), 0,
+              logarithm * (1 - g.recurrence) * rate, count, call->logit_type, way);
+    }
+    *grad_rate += rates;
+}
+
+static void backward_tile(const backward_arguments *call, int64_t row, int64_t channel,
+                          int64_t width)
+{
+    lanes carry[LARGEST_TILE / LANES] = {0}, rate[LARGEST_TILE / LANES] = {0};
+    lanes grad_rate[LARGEST_TILE / LANES] = {0};
+    const int64_t whole = width / LANES * LANES, corner = row * call->width + channel;
+    memcpy(rate, call->rate + channel, width * sizeof(float));
+    memcpy(carry, call->grad_last + corner, width * sizeof(float));
+    for (int64_t from = (call->length - 1) / CHUNK * CHUNK; from >= 0; from -= CHUNK) {
+        const int64_t steps = call->length - from < CHUNK ? call->length - from : CHUNK;
+        for (int64_t index = 0; index < whole; index += LANES)
+            backward_chunk(call, row, from, steps, channel + index, LANES, rate[index / LANES],
+                           &carry[index / LANES], &grad_rate[index / LANES], call->stream);
+        if (whole < width)
+            backward_chunk(call, row, from, steps, channel + whole, width - whole,
+                           rate[whole / LANES], &carry[whole / LANES], &grad_rate[whole / LANES],
+                           CACHE);
+    }
+    memcpy(call->grad_initial + corner, carry, width * sizeof(float));
+    memcpy(call->grad_rate + corner, grad_rate, width * sizeof(float));
+}
+
+#define FOR_ALL_TILES(call, function)                                                              \
+    const int64_t tile = tile_width(call->batch, call->width, call->threads);                      \
+    const int64_t tiles = (call->width + tile - 1) / tile;                                         \
+    _Pragma("omp parallel for num_threads(call->threads) schedule(static)")                        \
+    for (int64_t work = 0; work < call->batch * tiles; ++work) {                                   \
+        const int64_t row = work / tiles, channel = work % tiles * tile;                           \
+        const int64_t rest = call->width - channel;                                                \
+        function(call, row, channel, rest < tile ? rest : tile);                                   \
+        finish_streams();                                                                          \
+    }
+
+void rg_lru_forward(const forward_arguments *call)
+{
+    FOR_ALL_TILES(call, forward_tile)
+}
+
+void rg_lru_backward(const backward_arguments *call)
+{
+    FOR_ALL_TILES(call, backward_tile)
+}
