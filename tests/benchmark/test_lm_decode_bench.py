@@ -7,14 +7,8 @@ import torch
 from hydra.utils import instantiate
 
 from speechssm.benchmark.decoders import Decoding, time_generate
-from speechssm.benchmark.lm_decode import (
-    Found,
-    Point,
-    decode_goals,
-    run_lm_decode,
-    seconds_until,
-    weight_bytes,
-)
+from speechssm.benchmark.lm_decode import run_lm_decode, weight_bytes
+from speechssm.benchmark.lm_decode_results import Found, Point, decode_goals, seconds_until
 from speechssm.benchmark.peers import recurrent_gemma
 from speechssm.benchmark.positions import fit_state, states_at
 from speechssm.errors import ConfigError
