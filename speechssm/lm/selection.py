@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from speechssm.lm.backbone import LanguageModel
-from speechssm.lm.likelihood import score
+from speechssm.lm.likelihood import score_all
 
 
 class HeldOutLikelihood:
@@ -16,5 +16,5 @@ class HeldOutLikelihood:
     higher_is_better = False
 
     def __call__(self, model: LanguageModel, documents: Mapping[str, np.ndarray]) -> float:
-        losses = [score(model, units_T) for units_T in documents.values()]
+        losses = score_all(model, list(documents.values()))
         return float(np.concatenate(losses).mean(dtype=np.float64))

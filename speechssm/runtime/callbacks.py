@@ -171,7 +171,8 @@ class AudioSamples(L.Callback):
             soundstorm=load("soundstorm", self.stages["soundstorm"], device=device),
             codec=load("soundstream", self.stages["codec"], device=device),
         )
-        with torch.no_grad():
+        # As written also where blocks are compiled: each new length of a chunk would compile anew.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             audio = np.concatenate([np.asarray(chunk.audio) for chunk in chunks])
         pl_module.model.train(was_training)
         self.write(trainer, {"speech": audio})
