@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from speechssm.configuration import compose
+from speechssm.configuration import compose, group_options
 from speechssm.data.shards import ShardWriter
 from speechssm.errors import ConfigError
 from speechssm.lm.likelihood import score
 from speechssm.loading import load
 from speechssm.report.rows import read_rows
+from speechssm.runtime.run_folder import plain_config
 from speechssm.runtime.selection import Selection, fixed_subset
-from speechssm.runtime.training import train
+from speechssm.runtime.training import build_selection, train
 
 STEPS = 20
 MODULE = "tests_runtime_selection"
@@ -245,6 +246,15 @@ def test_an_impossible_selection_is_named_before_the_training(
 ) -> None:
     with pytest.raises(ConfigError, match=line):
         run(unit_shards, tmp_path, *words)
+
+
+@pytest.mark.parametrize("name", group_options("select"))
+def test_every_selection_on_disk_is_built(name: str) -> None:
+    config = plain_config(compose("train", ["stage=lm", f"select={name}", "data.folder=shards"]))
+    selection = build_selection(config)
+    assert (selection is None) is (name == "none")
+    if selection is not None:
+        assert callable(selection.metric) and selection.metric.name and selection.metric.unit
 
 
 def test_only_language_models_are_selected(audio_shards: Path, tmp_path: Path) -> None:
