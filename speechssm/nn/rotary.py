@@ -5,7 +5,6 @@ Legend: B batch, T time, N heads, H head width, R rotated features.
 
 import torch
 
-
 MAX_WAVELENGTH = 10_000.0  # of the slowest pair, in positions times 2 pi
 
 
