@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from speechssm.errors import ConfigError
-from speechssm.recurrence import scan_chunked, scan_cpu, scan_reference, scan_xla
+from speechssm.recurrence import scan_chunked, scan_cpu, scan_cuda, scan_reference, scan_xla
 
 Backend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
@@ -35,8 +35,11 @@ BACKENDS: dict[str, Backend] = {
     "reference": plain(scan_reference.scan),
     "chunked": plain(scan_chunked.scan),
     "cpu": scan_cpu.scan,
+    "cuda": scan_cuda.scan,
     "xla": plain(scan_xla.scan),
 }
+
+DEVICE_BACKENDS = ("cpu", "cuda", "xla")  # each for the device of its name alone
 
 # A step of decoding: any backend's own machinery would cost more than the arithmetic.
 single_step = plain(
@@ -61,15 +64,16 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     """
     check_backend(backend)
     if backend is None:
-        backend = device.type if device.type in ("cpu", "xla") else "chunked"
-    elif backend in ("cpu", "xla") and backend != device.type:
+        backend = device.type if device.type in DEVICE_BACKENDS else "chunked"
+    elif backend in DEVICE_BACKENDS and backend != device.type:
         raise ConfigError(
             f"scan_backend={backend!r} cannot run on {device.type}: choose another, or null to "
             "choose by device"
         )
-    if backend == "cpu" and not scan_cpu.available():
-        return "chunked"
-    return backend
+    missing = (backend == "cpu" and not scan_cpu.available()) or (
+        backend == "cuda" and not scan_cuda.available()
+    )
+    return "chunked" if missing else backend
 
 
 def check_arguments(
@@ -122,8 +126,8 @@ def linear_scan(
         initial_BD: h_{-1}; zeros if omitted.
         reset_BT: bool; where true the state starts anew, as if the gate were zero.
         backend: "reference" (a plain loop), "chunked" (pure PyTorch, about 2 sqrt(T) sequential
-            steps), "cpu" (a C kernel; where it cannot be built, "chunked"), "xla" (chunked on
-            torch_xla, compiled once); None chooses by device.
+            steps), "cpu" (a C kernel) and "cuda" (Triton), either of which is "chunked" where it
+            cannot be built, "xla" (chunked on torch_xla, compiled once); None chooses by device.
 
     Returns:
         states_BTD and last_BD, float32.
