@@ -123,6 +123,17 @@ INLINE void prefetch(const void *base, int64_t index, enum type type)
     __builtin_prefetch(at(base, index, type));
 }
 
+INLINE lanes square_root(lanes value)
+{
+#ifdef __AVX512F__
+    return (lanes)_mm512_sqrt_ps((__m512)value);
+#else
+    for (int lane = 0; lane < LANES; ++lane)
+        value[lane] = __builtin_sqrtf(value[lane]);
+    return value;
+#endif
+}
+
 /* Cut x = n log 2 + rest with n whole. Returns 2^n and puts expm1(rest) into `fraction`, so that
  * exp(x) = 2^n + 2^n fraction and expm1(x) = 2^n fraction + (2^n - 1), each to about 1e-7 of itself.
  * Outside of -87 ... 88 the result is that of the nearer end; NaN comes out as NaN. */

@@ -10,9 +10,8 @@
  */
 #include "lanes.h"
 
-#ifndef CHUNK
-#define CHUNK 16
-#endif
+#define CHUNK 8  /* steps; as in rg_lru_cpu.py */
+#define BLOCK 64 /* channels of a chunk that backward works on at once, in the first cache */
 
 typedef struct {
     rows input_logit, recurrence_logit, x, states;
@@ -41,13 +40,6 @@ typedef struct {
     int32_t stream; /* write past the caches */
     int32_t threads;
 } backward_arguments;
-
-INLINE lanes square_root(lanes value)
-{
-    for (int lane = 0; lane < LANES; ++lane)
-        value[lane] = __builtin_sqrtf(value[lane]);
-    return value;
-}
 
 typedef struct {
     lanes input, recurrence, decay, multiplier;
@@ -117,59 +109,99 @@ static void forward_tile(const forward_arguments *call, int64_t row, int64_t cha
     memcpy(call->last + corner, state, width * sizeof(float));
 }
 
-/* `count` channels of the chunk that begins at `from`, all of its steps. */
-INLINE void backward_chunk(const backward_arguments *call, int64_t row, int64_t from, int64_t steps,
-                           int64_t channel, int count, lanes rate, lanes *carry, lanes *grad_rate,
-                           enum way way)
+/* What backward needs to know again of each step of a block. */
+typedef struct {
+    gates gate;
+    lanes before, fresh; /* the state before the step; i x */
+} step_of_block;
+
+/* Gates and states of a step again, from the state before it. */
+INLINE void again(const backward_arguments *call, step_of_block *kept, lanes *state, lanes rate,
+                  const void *p, const void *q, const void *x, int64_t index, int count, int start)
 {
-    gates gate[CHUNK];
-    lanes before[CHUNK], fresh[CHUNK];
-    const uint8_t *start = call->start ? call->start + row * call->length : 0;
+    kept->gate = gates_of(load(p, index, count, call->logit_type),
+                          load(q, index, count, call->logit_type), rate, start);
+    kept->before = *state;
+    kept->fresh = load(x, index, count, call->x_type) * kept->gate.input;
+    const lanes added = kept->gate.multiplier * kept->fresh;
+    *state = start ? added : kept->gate.decay * *state + added;
+}
+
+/* `carry` is the gradient of this state that comes from the later ones. */
+INLINE void backward_step(const backward_arguments *call, const step_of_block *kept, lanes *carry,
+                          lanes *grad_rate, lanes rate, const void *grad, void *grad_p,
+                          void *grad_q, void *grad_x, int64_t index, int count, int start,
+                          enum way way)
+{
+    const gates gate = kept->gate;
+    const lanes total = load(grad, index, count, call->x_type) + *carry;
+    const lanes through = total * gate.multiplier;
+    lanes logarithm = {0}; /* gradient of log a */
+    *carry = logarithm;
+    if (!start) {
+        /* d multiplier / d log a = -a^2 / multiplier, where 1 / (2 multiplier) is at most 1000: near
+         * a = 1 the true derivative has no bound. */
+        const lanes root = choose(gate.multiplier < 5e-4f, all(5e-4f), gate.multiplier);
+        *carry = total * gate.decay;
+        logarithm = *carry * (kept->before - kept->fresh * (gate.decay / root)) * gate.recurrence;
+    }
+    *grad_rate += logarithm;
+    store(grad_x, index, through * gate.input, count, call->x_type, way);
+    store(grad_p, index, through * kept->fresh * (1 - gate.input), count, call->logit_type, way);
+    store(grad_q, index, logarithm * (1 - gate.recurrence) * rate, count, call->logit_type, way);
+}
+
+/* `width` channels of the chunk that begins at `from`, all of its steps. */
+INLINE void backward_block(const backward_arguments *call, int64_t row, int64_t from, int64_t steps,
+                           int64_t channel, int64_t width, const lanes *rate, lanes *carry,
+                           lanes *grad_rate)
+{
+    step_of_block kept[CHUNK][BLOCK / LANES];
+    lanes state[BLOCK / LANES] = {0}, rates[BLOCK / LANES] = {0};
+    const int64_t whole = width / LANES * LANES;
+    const uint8_t *starts = call->start ? call->start + row * call->length : 0;
     const int64_t chunks = (call->length + CHUNK - 1) / CHUNK;
-    lanes state = load(call->chunk_states, (row * chunks + from / CHUNK) * call->width + channel,
-                       count, FLOAT32);
+    memcpy(state, call->chunk_states + (row * chunks + from / CHUNK) * call->width + channel,
+           width * sizeof(float));
     for (int64_t step = 0; step < steps; ++step) {
         const int64_t time = from + step;
         const void *p = row_of(call->input_logit, row, time, channel, call->logit_type);
         const void *q = row_of(call->recurrence_logit, row, time, channel, call->logit_type);
         const void *x = row_of(call->x, row, time, channel, call->x_type);
-        prefetch(p, -CHUNK * call->input_logit.time_stride, call->logit_type);
-        prefetch(q, -CHUNK * call->recurrence_logit.time_stride, call->logit_type);
-        prefetch(x, -CHUNK * call->x.time_stride, call->x_type);
-        const int begin = start && start[time];
-        gate[step] = gates_of(load(p, 0, count, call->logit_type),
-                              load(q, 0, count, call->logit_type), rate, begin);
-        before[step] = state;
-        fresh[step] = load(x, 0, count, call->x_type) * gate[step].input;
-        state = gate[step].multiplier * fresh[step] + (begin ? all(0) : gate[step].decay * state);
+        const int start = starts && starts[time];
+        for (int64_t index = 0; index < whole; index += LANES) {
+            const int64_t vector = index / LANES;
+            prefetch(p, index - CHUNK * call->input_logit.time_stride, call->logit_type);
+            prefetch(q, index - CHUNK * call->recurrence_logit.time_stride, call->logit_type);
+            prefetch(x, index - CHUNK * call->x.time_stride, call->x_type);
+            again(call, &kept[step][vector], &state[vector], rate[vector], p, q, x, index, LANES,
+                  start);
+        }
+        if (whole < width)
+            again(call, &kept[step][whole / LANES], &state[whole / LANES], rate[whole / LANES], p, q,
+                  x, whole, width - whole, start);
     }
-    lanes rates = {0};
     for (int64_t step = steps - 1; step >= 0; --step) {
         const int64_t time = from + step;
-        const gates g = gate[step];
         const void *grad = row_of(call->grad_states, row, time, channel, call->x_type);
-        prefetch(grad, -CHUNK * call->grad_states.time_stride, call->x_type);
-        const lanes total = load(grad, 0, count, call->x_type) + *carry;
-        const lanes through = total * g.multiplier;
-        store(row_of(call->grad_x, row, time, channel, call->x_type), 0, through * g.input, count,
-              call->x_type, way);
-        store(row_of(call->grad_input_logit, row, time, channel, call->logit_type), 0,
-              through * fresh[step] * (1 - g.input), count, call->logit_type, way);
-        lanes logarithm = {0}; /* gradient of log a */
-        *carry = logarithm;
-        if (!(start && start[time])) {
-            /* d multiplier / d log a = -a^2 / multiplier, where 1 / (2 multiplier) is at most 1000:
-             * near a = 1 the true derivative has no bound. */
-            lanes root = choose(g.multiplier < 5e-4f, all(5e-4f), g.multiplier);
-            logarithm = total * g.decay * (before[step] - fresh[step] * (g.decay / root));
-            *carry = total * g.decay;
+        void *grad_p = row_of(call->grad_input_logit, row, time, channel, call->logit_type);
+        void *grad_q = row_of(call->grad_recurrence_logit, row, time, channel, call->logit_type);
+        void *grad_x = row_of(call->grad_x, row, time, channel, call->x_type);
+        const int start = starts && starts[time];
+        for (int64_t index = 0; index < whole; index += LANES) {
+            const int64_t vector = index / LANES;
+            prefetch(grad, index - CHUNK * call->grad_states.time_stride, call->x_type);
+            backward_step(call, &kept[step][vector], &carry[vector], &rates[vector], rate[vector],
+                          grad, grad_p, grad_q, grad_x, index, LANES, start, call->stream);
         }
-        logarithm *= g.recurrence;
-        rates += logarithm;
-        store(row_of(call->grad_recurrence_logit, row, time, channel, call->logit_type), 0,
-              logarithm * (1 - g.recurrence) * rate, count, call->logit_type, way);
+        if (whole < width)
+            backward_step(call, &kept[step][whole / LANES], &carry[whole / LANES],
+                          &rates[whole / LANES], rate[whole / LANES], grad, grad_p, grad_q, grad_x,
+                          whole, width - whole, start, CACHE);
     }
-    *grad_rate += rates;
+    /* Sums of chunks, then the sum of those: a plain one over all of T would lose digits. */
+    for (int64_t vector = 0; vector * LANES < width; ++vector)
+        grad_rate[vector] += rates[vector];
 }
 
 static void backward_tile(const backward_arguments *call, int64_t row, int64_t channel,
@@ -177,18 +209,15 @@ static void backward_tile(const backward_arguments *call, int64_t row, int64_t c
 {
     lanes carry[LARGEST_TILE / LANES] = {0}, rate[LARGEST_TILE / LANES] = {0};
     lanes grad_rate[LARGEST_TILE / LANES] = {0};
-    const int64_t whole = width / LANES * LANES, corner = row * call->width + channel;
+    const int64_t corner = row * call->width + channel;
     memcpy(rate, call->rate + channel, width * sizeof(float));
     memcpy(carry, call->grad_last + corner, width * sizeof(float));
     for (int64_t from = (call->length - 1) / CHUNK * CHUNK; from >= 0; from -= CHUNK) {
         const int64_t steps = call->length - from < CHUNK ? call->length - from : CHUNK;
-        for (int64_t index = 0; index < whole; index += LANES)
-            backward_chunk(call, row, from, steps, channel + index, LANES, rate[index / LANES],
-                           &carry[index / LANES], &grad_rate[index / LANES], call->stream);
-        if (whole < width)
-            backward_chunk(call, row, from, steps, channel + whole, width - whole,
-                           rate[whole / LANES], &carry[whole / LANES], &grad_rate[whole / LANES],
-                           CACHE);
+        for (int64_t index = 0; index < width; index += BLOCK)
+            backward_block(call, row, from, steps, channel + index,
+                           width - index < BLOCK ? width - index : BLOCK, &rate[index / LANES],
+                           &carry[index / LANES], &grad_rate[index / LANES]);
     }
     memcpy(call->grad_initial + corner, carry, width * sizeof(float));
     memcpy(call->grad_rate + corner, grad_rate, width * sizeof(float));

@@ -21,7 +21,7 @@ from speechssm.kernels.arguments import (
 )
 from speechssm.kernels.build import load_library
 
-CHUNK = 16  # steps, as in rg_lru.c
+CHUNK = 8  # steps, as in rg_lru.c
 
 ForwardArguments = struct(
     "ForwardArguments",
