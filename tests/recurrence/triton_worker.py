@@ -14,16 +14,8 @@ from speechssm.recurrence import scan_cuda
 from speechssm.recurrence.scan_reference import scan as loop
 
 # Several chunks and blocks of channels, and none of the sizes a multiple of them.
-CASES = [
-    (2, 1, 5),
-    (2, 2, 3),
-    (1, 3, 3),
-    (2, 5, 5),
-    (1, 7, 33),
-    (3, 31, 3),
-    (2, 33, 35),
-    (1, 70, 40),
-]
+CASES = [(2, 1, 5), (2, 2, 3), (1, 3, 3), (1, 7, 33), (3, 31, 3), (2, 33, 35), (1, 70, 40)]
+DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 
 
 def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
