@@ -1,7 +1,7 @@
 """Causal multi-query attention, local or full, with document masks and a fixed-size cache.
 
 Legend: B batch, T time (queries), S time (keys), N heads, H head width, D model width,
-W cache slots, L queries per block, G blocks, K keys seen by one block.
+W cache slots.
 """
 
 import math
@@ -9,16 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from speechssm.errors import ConfigError
+from speechssm.nn.attention_rows import attend_row, local_attention
 from speechssm.nn.documents import position_after, positions_in_document, segments
 from speechssm.nn.linear import Linear
 from speechssm.nn.rotary import apply_rotary
 
 POSITION_ENCODINGS = ("none", "rotary")
-FULL_ATTENTION_BLOCK = 512
 
 
 class AttentionState(NamedTuple):
@@ -128,7 +126,9 @@ class MultiQueryAttention(nn.Module):
             ).squeeze(2)
 
         if state is None:
-            attended_BTNH = self._attend_row(query_BTNH, key_BTH, value_BTH, document_start_BT)
+            attended_BTNH = attend_row(
+                query_BTNH, key_BTH, value_BTH, document_start_BT, self.window
+            )
         else:
             key_BTH = key_BTH.to(state.keys_BWH.dtype)
             value_BTH = value_BTH.to(state.keys_BWH.dtype)
@@ -140,19 +140,6 @@ class MultiQueryAttention(nn.Module):
         if document_start_BT is None:
             document_start_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool)
         return positions_in_document(document_start_BT, None if state is None else state.position_B)
-
-    def _attend_row(self, query_BTNH, key_BTH, value_BTH, document_start_BT) -> torch.Tensor:
-        """A whole row of training, nothing before it."""
-        batch, length = query_BTNH.shape[:2]
-        if document_start_BT is None:
-            segments_BT = torch.zeros(batch, length, dtype=torch.int64, device=key_BTH.device)
-        else:
-            segments_BT = segments(document_start_BT)
-        if self.window is None:
-            return full_attention(query_BTNH, key_BTH, value_BTH, segments_BT)
-        return local_attention(
-            query_BTNH, key_BTH, value_BTH, segments_BT, segments_BT, self.window
-        )
 
     def _attend_chunk(self, query_BTNH, key_BTH, value_BTH, document_start_BT, state):
         """A chunk of any length: keys are the cache in order of time, then the chunk."""
@@ -206,101 +193,3 @@ class MultiQueryAttention(nn.Module):
 def _rows(tensor_BSH: torch.Tensor, index_BW: torch.Tensor) -> torch.Tensor:
     """tensor[b, index[b, w]] for every b and w."""
     return tensor_BSH.gather(1, index_BW.unsqueeze(-1).expand(-1, -1, tensor_BSH.shape[2]))
-
-
-def _attend(query_BTNH, key_BSH, value_BSH, visible_BTS) -> torch.Tensor:
-    """Softmax attention with a mask that broadcasts over heads."""
-    heads = query_BTNH.shape[2]
-    return scaled_dot_product_attention(
-        query_BTNH.transpose(1, 2),
-        key_BSH.unsqueeze(1).expand(-1, heads, -1, -1),
-        value_BSH.unsqueeze(1).expand(-1, heads, -1, -1),
-        attn_mask=visible_BTS.unsqueeze(1),
-    ).transpose(1, 2)
-
-
-def local_attention(
-    query_BTNH: torch.Tensor,
-    key_BSH: torch.Tensor,
-    value_BSH: torch.Tensor,
-    segments_BT: torch.Tensor,
-    key_segments_BS: torch.Tensor,
-    window: int,
-) -> torch.Tensor:
-    """Each query sees the keys of its segment among the last `window`, its own included.
-
-    Memory and time grow with T times `window`: the queries are cut into blocks of at most
-    `window`, and each block meets only the keys that one of its queries can see.
-
-    Args:
-        query_BTNH: queries of a chunk.
-        key_BSH, value_BSH: of the `S - T` tokens before the chunk (0 or `window`) and the chunk.
-        segments_BT, key_segments_BS: document numbers; -1 marks keys that nobody sees.
-    """
-    batch, length, heads, head_width = query_BTNH.shape
-    history = key_BSH.shape[1] - length
-    block = min(window, length)
-    blocks = math.ceil(length / block)
-    padding = blocks * block - length
-    if blocks > 1 and history == 0:
-        history = window
-        key_BSH = nn.functional.pad(key_BSH, (0, 0, history, 0))
-        value_BSH = nn.functional.pad(value_BSH, (0, 0, history, 0))
-        key_segments_BS = nn.functional.pad(key_segments_BS, (history, 0), value=-1)
-    if padding:
-        # Padded queries see padded keys alone, so that no softmax is empty.
-        query_BTNH = nn.functional.pad(query_BTNH, (0, 0, 0, 0, 0, padding))
-        key_BSH = nn.functional.pad(key_BSH, (0, 0, 0, padding))
-        value_BSH = nn.functional.pad(value_BSH, (0, 0, 0, padding))
-        segments_BT = nn.functional.pad(segments_BT, (0, padding), value=-2)
-        key_segments_BS = nn.functional.pad(key_segments_BS, (0, padding), value=-2)
-
-    def query_blocks(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unflatten(1, (blocks, block)).flatten(0, 1)
-
-    def key_blocks(tensor: torch.Tensor) -> torch.Tensor:
-        if blocks == 1:
-            return tensor
-        # Here block == window == history: a block sees its own keys and those of the one before.
-        cut = tensor.unflatten(1, (blocks + 1, block))
-        return torch.cat([cut[:, :-1], cut[:, 1:]], dim=2).flatten(0, 1)
-
-    query_time_L1 = torch.arange(block, device=query_BTNH.device)[:, None] + history
-    distance_LK = query_time_L1 - torch.arange(history + block, device=query_BTNH.device)
-    band_LK = (distance_LK >= 0) & (distance_LK < window)
-    same_GLK = query_blocks(segments_BT)[:, :, None] == key_blocks(key_segments_BS)[:, None, :]
-    attended_GLNH = _attend(
-        query_blocks(query_BTNH), key_blocks(key_BSH), key_blocks(value_BSH), band_LK & same_GLK
-    )
-    return attended_GLNH.reshape(batch, blocks * block, heads, head_width)[:, :length]
-
-
-def full_attention(
-    query_BTNH: torch.Tensor,
-    key_BTH: torch.Tensor,
-    value_BTH: torch.Tensor,
-    segments_BT: torch.Tensor,
-) -> torch.Tensor:
-    """Each query sees all earlier keys of its segment and its own.
-
-    Works on one block of queries at a time and recomputes it in the backward pass: a mask for all
-    of `[T, T]` would not fit at the lengths of this project.
-    """
-    length = query_BTNH.shape[1]
-    time_T = torch.arange(length, device=query_BTNH.device)
-
-    def attend_block(query_BLNH, key_BSH, value_BSH, begin: int) -> torch.Tensor:
-        end = key_BSH.shape[1]
-        causal_LS = time_T[begin:end, None] >= time_T[:end]
-        same_BLS = segments_BT[:, begin:end, None] == segments_BT[:, None, :end]
-        return _attend(query_BLNH, key_BSH, value_BSH, causal_LS & same_BLS)
-
-    attended = []
-    for begin in range(0, length, FULL_ATTENTION_BLOCK):
-        end = min(begin + FULL_ATTENTION_BLOCK, length)
-        arguments = (query_BTNH[:, begin:end], key_BTH[:, :end], value_BTH[:, :end], begin)
-        if torch.is_grad_enabled() and length > FULL_ATTENTION_BLOCK:
-            attended.append(checkpoint(attend_block, *arguments, use_reentrant=False))
-        else:
-            attended.append(attend_block(*arguments))
-    return torch.cat(attended, dim=1)

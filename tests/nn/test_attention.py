@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechssm.errors import ConfigError
+from speechssm.nn import attention_rows
 from speechssm.nn.attention import MultiQueryAttention
 from speechssm.nn.rotary import apply_rotary
 from speechssm.nn.state import reset_rows, state_bytes
@@ -119,9 +120,70 @@ def test_full_attention_in_blocks_has_the_gradients_of_one_block(monkeypatch):
         return [p.grad.clone() for p in layer.parameters()]
 
     whole = gradients()
-    monkeypatch.setattr("speechssm.nn.attention.FULL_ATTENTION_BLOCK", 7)
+    monkeypatch.setattr(attention_rows, "BLOCK", 7)
     for in_blocks, expected in zip(gradients(), whole, strict=True):
         torch.testing.assert_close(in_blocks, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5, 8, 20, 100])
+def test_a_row_of_one_document_is_the_same_with_and_without_its_start(window):
+    torch.manual_seed(0)
+    query_BTNH, key_BTH, value_BTH = torch.randn(2, 33, 3, 8), *torch.randn(2, 2, 33, 8)
+    rows = (query_BTNH, key_BTH, value_BTH)
+    start_BT = torch.zeros(2, 33, dtype=torch.bool)
+    start_BT[:, 0] = True
+    plain = attention_rows.attend_row(*rows, None, window)
+    torch.testing.assert_close(attention_rows.attend_row(*rows, start_BT, window), plain)
+    segments_BT = torch.zeros(2, 33, dtype=torch.int64)
+    masked = attention_rows.local_attention(*rows, segments_BT, segments_BT, window or 33)
+    torch.testing.assert_close(plain, masked, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+@pytest.mark.parametrize("window", [None, 1, 60, 128, 129, 200, 1000])
+def test_flex_attention_sees_what_the_blocked_one_sees(window):
+    """Not compiled, as which it runs anywhere: the mask and the blocks that are visited."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(0)
+    batch, length = 2, 300
+    query_BTNH = torch.randn(batch, length, 2, 16)
+    key_BTH, value_BTH = torch.randn(2, batch, length, 16)
+    segments_BT = (torch.rand(batch, length) < 0.01).long().cumsum(1)
+    rows = (query_BTNH, key_BTH, value_BTH)
+    found = attention_rows.flex_row(*rows, segments_BT, window, flex_attention)
+    expected = attention_rows.local_attention(*rows, segments_BT, segments_BT, window or length)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [1, 2, 127, 128, 129, 256, 257, 1000])
+@pytest.mark.parametrize("length", [1, 128, 300, 900])
+def test_the_visited_blocks_are_those_with_a_visible_key(length, reach):
+    count_G, block_GG = attention_rows.visited_blocks(length, reach)
+    size = attention_rows.FLEX_BLOCK
+    for block, (count, visited) in enumerate(zip(count_G, block_GG, strict=True)):
+        first, last = block * size, min(length, (block + 1) * size) - 1
+        seen = {key // size for key in range(max(0, first - reach + 1), last + 1)}
+        assert visited[:count].tolist() == sorted(seen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 200])
+def test_compiled_flex_attention_has_the_blocked_ones_gradients(window):
+    torch.manual_seed(0)
+    rows = [torch.randn(2, 700, 4, 64), *torch.randn(2, 2, 700, 64)]
+    rows = [tensor.cuda().requires_grad_() for tensor in rows]
+    start_BT = (torch.rand(2, 700) < 0.01).cuda()
+    found = attention_rows.attend_row(*rows, start_BT, window)
+    segments_BT = start_BT.long().cumsum(1)
+    expected = attention_rows.local_attention(*rows, segments_BT, segments_BT, window or 700)
+    weight = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), rows),
+        torch.autograd.grad((expected * weight).sum(), rows),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)  # TF32
 
 
 @pytest.mark.parametrize(
