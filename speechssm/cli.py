@@ -30,10 +30,12 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name); returns the exit status."""
-    # Read when torch is loaded. Waiting threads would otherwise spin, which on a machine that has
-    # other work to do slows a small model's steps tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Read when torch is loaded. Waiting threads would otherwise spin, which on a machine that has
+    # other work to do slows a small model's steps tenfold. Benches have the machine to themselves,
+    # and there it is sleeping that slows the many small operations of peers, twofold.
+    if words[:1] != ["bench"]:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("--help", "-h", "help"):

@@ -1,6 +1,7 @@
 """What a bench of speed against peers and limits writes: bench.json, and a table.md to read."""
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def setting_of(device: torch.device | str, dtype: str) -> dict[str, object]:
     setting: dict[str, object] = {"device": str(device), "dtype": dtype}
     if torch.device(device).type == "cpu":
         setting["threads"] = torch.get_num_threads()
+        # Sleeping between parallel regions halves the speed of many small operations.
+        setting["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "unset")
     return setting
 
 

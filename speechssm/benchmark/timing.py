@@ -7,6 +7,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
+from random import Random
 
 import numpy as np
 import torch
@@ -60,11 +61,13 @@ def time_in_turn(
     device: torch.device | str,
     advance: Call = lambda: None,
     prepare: Callable[[Call], object] = lambda call: None,
+    burst: int = 1,
 ) -> dict[str, np.ndarray]:
     """Milliseconds of every run of every call.
 
-    Round after round, each call that still has runs to do is timed once. A short one is called
-    once before: else the caches would hold what another call has left there.
+    Round after round, each call that still has runs to do is timed once, in an order that is drawn
+    anew: what has run just before leaves its mark in the caches. A short one is called once before
+    it is timed, for the same reason.
 
     Args:
         calls: by name; every one has been called once before.
@@ -72,12 +75,16 @@ def time_in_turn(
         device: where they compute.
         advance: called after every call, for a progress bar.
         prepare: called with a call before it is made, outside of its time.
+        burst: how many runs of a call are timed one after the other in a round.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), Random(0).shuffle
     with no_collection():
-        for index in range(max(runs.values())):
-            for name, call in calls.items():
-                if index < runs[name]:
+        while any(len(times[name]) < runs[name] for name in order):
+            shuffle(order)
+            for name in order:
+                call = calls[name]
+                for _ in range(min(burst, runs[name] - len(times[name]))):
                     if times[name] and times[name][0] < SHORT:
                         prepare(call)
                         call()
@@ -122,13 +129,13 @@ class Readers:
     """Ways to read float32 numbers once without writing: the fastest gives the read bandwidth.
 
     Args:
-        size: bytes of the buffer.
+        size: bytes of the buffer; beyond caches if omitted.
     """
 
     COLUMNS = 1024
 
-    def __init__(self, device: torch.device | str, size: int):
-        rows = max(1, size // (4 * self.COLUMNS))
+    def __init__(self, device: torch.device | str, size: int | None = None):
+        rows = max(1, (size or buffer_size(device)) // (4 * self.COLUMNS))
         self.matrix = torch.ones(rows, self.COLUMNS, device=device)
         self.vector = torch.ones(self.COLUMNS, device=device)
         self.result = torch.zeros(rows, device=device)

@@ -1,6 +1,7 @@
 """`speechssm bench SUBJECT`: what it refuses, and that its options are those of the functions."""
 
 import inspect
+import os
 
 import pytest
 
@@ -9,7 +10,7 @@ from speechssm.benchmark.lm_decode import run_lm_decode
 from speechssm.benchmark.lm_train import run_lm_train
 from speechssm.benchmark.pipeline import run_pipeline
 from speechssm.benchmark.scan import run_scan
-from speechssm.cli import verb_config
+from speechssm.cli import main, verb_config
 from speechssm.errors import ConfigError
 
 FUNCTIONS = {"scan": run_scan, "lm-train": run_lm_train, "lm-decode": run_lm_decode,
@@ -48,3 +49,13 @@ def test_models_come_in_pairs_of_one_size():
     assert found["griffin"]["width"] == found["transformer"]["width"] == 512
     assert found["transformer"]["_target_"].endswith("Transformer")
     assert model_arguments({}, "griffin_tiny")["griffin"]["width"] == 256
+
+
+@pytest.mark.parametrize(("verb", "policy"), [("bench", None), ("generate", "passive")])
+def test_threads_of_benches_wait_as_their_peers_users_have_it(verb, policy, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert main([verb, "--help"]) == 0
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert main([verb, "--help"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
