@@ -9,7 +9,7 @@ from speechssm.errors import ConfigError
 from speechssm.recurrence import linear_scan
 from speechssm.recurrence.scan_reference import scan as loop
 
-LENGTHS = (1, 2, 3, 5, 7, 31, 33, 257)
+LENGTHS = (1, 2, 3, 5, 7, 31, 33, 257, 1023)
 
 
 def problem(length, batch=2, width=5, dtype=torch.float32, seed=0):
@@ -22,7 +22,7 @@ def problem(length, batch=2, width=5, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
 def test_states_and_gradients_equal_a_float64_loop(backend, length):
     gate, value, initial, reset = problem(length)
     arguments = [tensor.requires_grad_() for tensor in (gate, value, initial)]
@@ -40,15 +40,17 @@ def test_states_and_gradients_equal_a_float64_loop(backend, length):
         torch.testing.assert_close(our.double(), their, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(pieces=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_any_split_gives_the_states_of_the_whole(pieces, seed):
+def test_any_split_gives_the_states_of_the_whole(backend, pieces, seed):
     gate, value, initial, reset = problem(sum(pieces), seed=seed)
-    expected, _ = linear_scan(gate, value, initial, reset)
+    expected, _ = linear_scan(gate, value, initial, reset, backend=backend)
     outputs, state, begin = [], initial, 0
     for piece in pieces:
         cut = slice(begin, begin + piece)
-        states, state = linear_scan(gate[:, cut], value[:, cut], state, reset[:, cut])
+        chunk = gate[:, cut], value[:, cut], state, reset[:, cut]
+        states, state = linear_scan(*chunk, backend=backend)
         outputs.append(states)
         begin += piece
     torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=1e-5, rtol=1e-5)
@@ -82,14 +84,25 @@ def test_strided_arguments_are_accepted():
     torch.testing.assert_close(linear_scan(*strided, initial)[0], expected)
 
 
+ONES = torch.ones(2, 3, 4)
+
+
 @pytest.mark.parametrize(
-    ("gate_shape", "input_shape", "backend", "message"),
+    ("arguments", "backend", "message"),
     [
-        ((1, 0, 4), (1, 0, 4), None, "T >= 1"),
-        ((1, 3, 4), (1, 3, 5), None, "one shape"),
-        ((1, 3, 4), (1, 3, 4), "quick", "'quick' is unknown"),
+        ((ONES[:, :0], ONES[:, :0]), None, "T >= 1"),
+        ((ONES[0], ONES[0]), None, r"\(3, 4\)"),
+        ((ONES, ONES[..., :3]), None, "one shape"),
+        ((ONES, ONES, ONES[:, 0, :3]), None, r"initial state has shape \(2, 3\)"),
+        ((ONES, ONES, None, ONES[:, :2, 0] > 0), None, r"shape \(2, 2\)"),
+        ((ONES, ONES, None, ONES[..., 0]), None, "float32"),
+        ((ONES.long(), ONES), None, "floating dtype"),
+        ((ONES, ONES.to("meta")), None, "more than one device"),
+        ((ONES, ONES), "quick", "'quick' is unknown"),
+        ((ONES, ONES), "xla", "'xla' cannot run on cpu"),
+        ((ONES.to("meta"), ONES.to("meta")), "cpu", "'cpu' cannot run on meta"),
     ],
 )
-def test_impossible_arguments_are_named(gate_shape, input_shape, backend, message):
+def test_impossible_arguments_are_named(arguments, backend, message):
     with pytest.raises(ConfigError, match=message):
-        linear_scan(torch.ones(gate_shape), torch.ones(input_shape), backend=backend)
+        linear_scan(*arguments, backend=backend)
