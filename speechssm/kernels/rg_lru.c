@@ -12,6 +12,7 @@
 
 #define CHUNK 8  /* steps; as in rg_lru_cpu.py */
 #define BLOCK 64 /* channels of a chunk that backward works on at once, in the first cache */
+#define FLUSH 256 /* steps: sums over T are sums of sums, a plain one would lose digits */
 
 typedef struct {
     rows input_logit, recurrence_logit, x, states;
@@ -157,7 +158,7 @@ INLINE void backward_block(const backward_arguments *call, int64_t row, int64_t 
                            lanes *grad_rate)
 {
     step_of_block kept[CHUNK][BLOCK / LANES];
-    lanes state[BLOCK / LANES] = {0}, rates[BLOCK / LANES] = {0};
+    lanes state[BLOCK / LANES] = {0};
     const int64_t whole = width / LANES * LANES;
     const uint8_t *starts = call->start ? call->start + row * call->length : 0;
     const int64_t chunks = (call->length + CHUNK - 1) / CHUNK;
@@ -191,24 +192,22 @@ INLINE void backward_block(const backward_arguments *call, int64_t row, int64_t 
         for (int64_t index = 0; index < whole; index += LANES) {
             const int64_t vector = index / LANES;
             prefetch(grad, index - CHUNK * call->grad_states.time_stride, call->x_type);
-            backward_step(call, &kept[step][vector], &carry[vector], &rates[vector], rate[vector],
-                          grad, grad_p, grad_q, grad_x, index, LANES, start, call->stream);
+            backward_step(call, &kept[step][vector], &carry[vector], &grad_rate[vector],
+                          rate[vector], grad, grad_p, grad_q, grad_x, index, LANES, start,
+                          call->stream);
         }
         if (whole < width)
             backward_step(call, &kept[step][whole / LANES], &carry[whole / LANES],
-                          &rates[whole / LANES], rate[whole / LANES], grad, grad_p, grad_q, grad_x,
+                          &grad_rate[whole / LANES], rate[whole / LANES], grad, grad_p, grad_q, grad_x,
                           whole, width - whole, start, CACHE);
     }
-    /* Sums of chunks, then the sum of those: a plain one over all of T would lose digits. */
-    for (int64_t vector = 0; vector * LANES < width; ++vector)
-        grad_rate[vector] += rates[vector];
 }
 
 static void backward_tile(const backward_arguments *call, int64_t row, int64_t channel,
                           int64_t width)
 {
     lanes carry[LARGEST_TILE / LANES] = {0}, rate[LARGEST_TILE / LANES] = {0};
-    lanes grad_rate[LARGEST_TILE / LANES] = {0};
+    lanes grad_rate[LARGEST_TILE / LANES] = {0}, sums[LARGEST_TILE / LANES] = {0};
     const int64_t corner = row * call->width + channel;
     memcpy(rate, call->rate + channel, width * sizeof(float));
     memcpy(carry, call->grad_last + corner, width * sizeof(float));
@@ -217,7 +216,12 @@ static void backward_tile(const backward_arguments *call, int64_t row, int64_t c
         for (int64_t index = 0; index < width; index += BLOCK)
             backward_block(call, row, from, steps, channel + index,
                            width - index < BLOCK ? width - index : BLOCK, &rate[index / LANES],
-                           &carry[index / LANES], &grad_rate[index / LANES]);
+                           &carry[index / LANES], &sums[index / LANES]);
+        if (from % FLUSH == 0) {
+            for (int64_t vector = 0; vector * LANES < width; ++vector)
+                grad_rate[vector] += sums[vector];
+            memset(sums, 0, sizeof sums);
+        }
     }
     memcpy(call->grad_initial + corner, carry, width * sizeof(float));
     memcpy(call->grad_rate + corner, grad_rate, width * sizeof(float));

@@ -118,6 +118,35 @@ def test_sums_over_long_rows_equal_pytorchs(length):
     compare(*runs, case[:5], 2e-6)
 
 
+def test_sums_over_hours_keep_their_digits():
+    # 131072 times 0.1 one after the other in float32 is wrong by 1e-4 of itself.
+    length, shape = 2**17, (1, 2**17, 1)
+    tenth = torch.full(shape, 0.1)
+    filter_WD, bias_D = torch.ones(2, 1, requires_grad=True), torch.ones(1, requires_grad=True)
+    y = conv_cpu.convolve(tenth, filter_WD, bias_D, None, None)
+    grad_filter, grad_bias = torch.autograd.grad(y, (filter_WD, bias_D), tenth)
+    assert grad_bias.item() == pytest.approx(0.1 * length, rel=1e-5)
+    assert grad_filter[1].item() == pytest.approx(0.01 * length, rel=1e-5)
+    # With a = 1/2 and all states equal, so are all shares in the gradient of the rate: those of the
+    # last steps, which fewer states depend on, lack one together.
+    half = torch.tensor([math.log(0.5)], requires_grad=True)
+    open_gate, state = torch.full(shape, 60.0), 0.1 * 3**0.5
+    states, _ = rg_lru_scan(
+        open_gate, open_gate, tenth, half, torch.full((1, 1), state), backend="cpu"
+    )
+    assert states[0, -1, 0].item() == pytest.approx(state, rel=1e-6)
+    (grad_rate,) = torch.autograd.grad(states, half, torch.ones(shape))
+    share = state - 0.1 / 3**0.5
+    assert grad_rate.item() == pytest.approx(share * (length - 1), rel=1e-5)
+
+
+def test_a_nan_of_any_payload_is_still_one_in_bfloat16():
+    payload = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    x = torch.ones(1, 3, 1, dtype=BFLOAT16)
+    y = conv_cpu.causal_conv_op(x, torch.ones(2, 1), payload, None, None, True)
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("taps", [1, 2, 5, conv_cpu.MOST_TAPS])
 def test_filters_of_any_width_that_the_kernel_takes(taps):
     case = conv_case(21, 8, taps, extras=taps > 1)
