@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from speechssm.recurrence import rg_lru_cpu
+from speechssm.recurrence import rg_lru_cpu, rg_lru_cuda
 from speechssm.recurrence.scan import check_arguments, choose_backend, linear_scan
 
 MAX_SQRT_GRADIENT = 1000.0
@@ -21,7 +21,7 @@ Fused = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # backend takes input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D (float32), and initial_BD
 # (float32) and document_start_BT (bool) or None for either. It returns states_BTD in the dtype of x
 # and last_BD in float32, differentiable with respect to the first five.
-FUSED: dict[str, Fused] = {"cpu": rg_lru_cpu.scan}
+FUSED: dict[str, Fused] = {"cpu": rg_lru_cpu.scan, "cuda": rg_lru_cuda.scan}
 
 
 class GateAndInput(torch.autograd.Function):

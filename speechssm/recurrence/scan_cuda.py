@@ -2,7 +2,7 @@
 
 The kernels are in `scan_triton`, which says how they work.
 
-Legend: B batch, T time, D channels, C positions in a chunk.
+Legend: B batch, T time, D channels, N chunks of positions.
 """
 
 import functools
@@ -10,10 +10,13 @@ import logging
 
 import torch
 
+from speechssm.kernels.arguments import TYPES, contiguous, side_by_side
+
 log = logging.getLogger(__name__)
 
 CHUNK, BLOCK = 128, 32  # positions and channels of a tile: 128 bytes of a row at a time
-NUM_WARPS = 4
+# Three programs fit on a multiprocessor of 65536 registers: one loads while another waits.
+NUM_WARPS, MAX_REGISTERS = 4, 168
 
 
 @functools.cache
@@ -27,18 +30,19 @@ def available() -> bool:
     return True
 
 
-def line(gate_BTD: torch.Tensor) -> tuple[int, int, tuple[torch.Tensor, ...]]:
-    """Chunks, channel blocks, and what programs meet at: a counter, flags, and ends of chunks."""
-    batch, length, width = gate_BTD.shape
-    chunks, blocks = -(-length // CHUNK), -(-width // BLOCK)
-    flags = torch.zeros(1 + chunks * batch * blocks, dtype=torch.int32, device=gate_BTD.device)
-    ends = torch.empty(chunks, batch, width, dtype=torch.float32, device=gate_BTD.device)
-    return chunks, blocks, (flags[:1], flags[1:], ends)
+def line(
+    tensor_BTD: torch.Tensor, chunk: int, block: int
+) -> tuple[tuple[int], tuple[int, ...], tuple[torch.Tensor, ...]]:
+    """Number of programs, sizes for them, and what they meet at.
 
-
-def side_by_side(tensor_BTD: torch.Tensor) -> torch.Tensor:
-    """With channels next to each other in memory; copied only where they are not."""
-    return tensor_BTD if tensor_BTD.stride(-1) == 1 else tensor_BTD.contiguous()
+    The last is a counter, a flag for each program, and room for the states that they hand over.
+    """
+    batch, length, width = tensor_BTD.shape
+    chunks, blocks = -(-length // chunk), -(-width // block)
+    programs = chunks * batch * blocks
+    flags = torch.zeros(1 + programs, dtype=torch.int32, device=tensor_BTD.device)
+    ends_NBD = tensor_BTD.new_empty(chunks, batch, width, dtype=torch.float32)
+    return (programs,), (batch, length, width, blocks, chunks), (flags[:1], flags[1:], ends_NBD)
 
 
 @torch.library.custom_op("speechssm::linear_scan_cuda", mutates_args=())
@@ -48,37 +52,35 @@ def linear_scan_op(
     initial_BD: torch.Tensor | None,
     reset_BT: torch.Tensor | None,
 ) -> torch.Tensor:
-    gate_BTD, input_BTD = side_by_side(gate_BTD), side_by_side(input_BTD)
-    batch, length, width = gate_BTD.shape
-    states_BTD = torch.empty(batch, length, width, dtype=torch.float32, device=gate_BTD.device)
-    chunks, blocks, meeting = line(gate_BTD)
     from speechssm.recurrence.scan_triton import forward
 
-    forward[(chunks * batch * blocks,)](
-        gate_BTD,
-        input_BTD,
-        None if initial_BD is None else initial_BD.contiguous(),
-        None if reset_BT is None else reset_BT.contiguous().view(torch.uint8),
-        states_BTD,
-        *meeting,
-        batch,
-        length,
-        width,
-        blocks,
-        *gate_BTD.stride()[:2],
-        *input_BTD.stride()[:2],
-        HAS_INITIAL=initial_BD is not None,
-        HAS_RESET=reset_BT is not None,
-        CHUNK=CHUNK,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    gate_BTD, input_BTD = side_by_side(gate_BTD), side_by_side(input_BTD)
+    states_BTD = gate_BTD.new_empty(gate_BTD.shape, dtype=torch.float32)
+    grid, sizes, meeting = line(gate_BTD, CHUNK, BLOCK)
+    with torch.cuda.device_of(gate_BTD):
+        forward[grid](
+            gate_BTD,
+            input_BTD,
+            contiguous(initial_BD),
+            contiguous(reset_BT),
+            states_BTD,
+            *meeting,
+            *sizes,
+            *gate_BTD.stride()[:2],
+            *input_BTD.stride()[:2],
+            HAS_INITIAL=initial_BD is not None,
+            HAS_RESET=reset_BT is not None,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS,
+        )
     return states_BTD
 
 
 @linear_scan_op.register_fake
 def _(gate_BTD, input_BTD, initial_BD, reset_BT):
-    return torch.empty_like(gate_BTD, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return gate_BTD.new_empty(gate_BTD.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("speechssm::linear_scan_cuda_backward", mutates_args=())
@@ -89,36 +91,31 @@ def linear_scan_backward_op(
     initial_BD: torch.Tensor | None,
     reset_BT: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_BTD, gate_BTD = side_by_side(grad_BTD), side_by_side(gate_BTD)
-    batch, length, width = gate_BTD.shape
-    grad_gate_BTD, grad_input_BTD, grad_initial_BD = empty_gradients(gate_BTD)
-    chunks, blocks, meeting = line(gate_BTD)
     from speechssm.recurrence.scan_triton import backward
 
-    backward[(chunks * batch * blocks,)](
-        grad_BTD,
-        gate_BTD,
-        states_BTD,
-        None if initial_BD is None else initial_BD.contiguous(),
-        None if reset_BT is None else reset_BT.contiguous().view(torch.uint8),
-        grad_gate_BTD,
-        grad_input_BTD,
-        grad_initial_BD,
-        *meeting,
-        batch,
-        length,
-        width,
-        blocks,
-        chunks,
-        *gate_BTD.stride()[:2],
-        *grad_BTD.stride()[:2],
-        HAS_INITIAL=initial_BD is not None,
-        HAS_RESET=reset_BT is not None,
-        CHUNK=CHUNK,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
-    return grad_gate_BTD, grad_input_BTD, grad_initial_BD
+    grad_BTD, gate_BTD = side_by_side(grad_BTD), side_by_side(gate_BTD)
+    gradients = empty_gradients(gate_BTD)
+    grid, sizes, meeting = line(gate_BTD, CHUNK, BLOCK)
+    with torch.cuda.device_of(gate_BTD):
+        backward[grid](
+            grad_BTD,
+            gate_BTD,
+            states_BTD,
+            contiguous(initial_BD),
+            contiguous(reset_BT),
+            *gradients,
+            *meeting,
+            *sizes,
+            *gate_BTD.stride()[:2],
+            *grad_BTD.stride()[:2],
+            HAS_INITIAL=initial_BD is not None,
+            HAS_RESET=reset_BT is not None,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS,
+        )
+    return gradients
 
 
 @linear_scan_backward_op.register_fake
@@ -128,10 +125,12 @@ def _(grad_BTD, gate_BTD, states_BTD, initial_BD, reset_BT):
 
 def empty_gradients(gate_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of gate and input, in their dtype, and of the initial state."""
-    batch, _, width = gate_BTD.shape
-    like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-    initial_BD = torch.empty(batch, width, dtype=torch.float32, device=gate_BTD.device)
-    return like(gate_BTD), like(gate_BTD), initial_BD
+    batch, _, width = shape = gate_BTD.shape
+    return (
+        gate_BTD.new_empty(shape),
+        gate_BTD.new_empty(shape),
+        gate_BTD.new_empty(batch, width, dtype=torch.float32),
+    )
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -160,7 +159,7 @@ def scan(
 
     float32 and bfloat16 are read as they are, other dtypes are converted to float32 before.
     """
-    if gate_BTD.dtype != input_BTD.dtype or gate_BTD.dtype not in (torch.float32, torch.bfloat16):
+    if gate_BTD.dtype != input_BTD.dtype or gate_BTD.dtype not in TYPES:
         gate_BTD, input_BTD = gate_BTD.float(), input_BTD.float()
     if initial_BD is not None:
         initial_BD = initial_BD.float()

@@ -62,7 +62,7 @@ def hand_over(flags, ends, turn, row, block, batch, blocks, width, column, mask,
 def forward(
     gate, value, initial, reset, states,
     counter, flags, ends,
-    batch, length, width, blocks,
+    batch, length, width, blocks, chunks,
     gate_row, gate_time, value_row, value_time,
     HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -105,11 +105,12 @@ def backward(
     HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # From the last chunk to the first; `turn` counts in that order.
+    # From the last chunk to the first; `turn` counts in that order. A tile's positions are in
+    # reversed order too, so that the scan goes forward over it.
     turn, row, block = place(counter, batch, blocks)
     chunk = chunks - 1 - turn
     row64 = row.to(tl.int64)
-    time = chunk * CHUNK + tl.arange(0, CHUNK)
+    time = chunk * CHUNK + CHUNK - 1 - tl.arange(0, CHUNK)
     channel = block * BLOCK + tl.arange(0, BLOCK)
     known = channel < width
     inside = (time < length)[:, None] & known[None, :]
@@ -126,8 +127,8 @@ def backward(
     if HAS_RESET:
         fresh = tl.load(reset + row64 * length + time + 1, mask=time + 1 < length, other=0)
         a = tl.where((fresh != 0)[:, None], 0.0, a)
-    decay, local = tl.associative_scan((a, g), 0, after, reverse=True)
-    whole_decay, whole = row_at(decay, 0, CHUNK), row_at(local, 0, CHUNK)
+    decay, local = tl.associative_scan((a, g), 0, after)
+    whole_decay, whole = row_at(decay, CHUNK - 1, CHUNK), row_at(local, CHUNK - 1, CHUNK)
 
     # Loaded before the wait, so that it is there after it.
     previous = tl.load(states + place_in_row - width,

@@ -1,4 +1,4 @@
-"""The Triton scan: in the interpreter, compiled for a GPU that is not there, and on one that is."""
+"""The Triton kernels: interpreted, compiled for a GPU that is not there, and on one that is."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from speechssm.errors import ConfigError
-from speechssm.recurrence import linear_scan, scan_cuda
+from speechssm.recurrence import linear_scan, rg_lru_cuda, scan_cuda
 from speechssm.recurrence.scan import choose_backend
 
 pytestmark = pytest.mark.skipif(
@@ -34,47 +34,55 @@ def errors_on(device: str) -> dict[str, list[float]]:
 
 
 def check(errors: dict[str, list[float]]) -> None:
-    # The gradients of bfloat16 arguments are rounded to 8 bits.
-    bounds = {"bfloat16": 1e-2}
     for name, found in errors.items():
-        assert len(found) >= 3
-        assert max(found) < bounds.get(name, 1e-5), f"{name}: {found}"
+        # bfloat16 arguments have gradients that are rounded to 8 bits.
+        bound = 0 if name == "repeated" else 1e-2 if "bfloat16" in name else 2e-6
+        assert len(found) >= 2
+        assert max(found) <= bound, f"{name}: {found}"
 
 
-def test_states_and_gradients_equal_a_float64_loop_in_the_interpreter():
+def test_states_and_gradients_equal_float64_in_the_interpreter():
     check(errors_on("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_states_and_gradients_equal_a_float64_loop_on_a_gpu():
+def test_states_and_gradients_equal_float64_on_a_gpu():
     check(errors_on("cuda"))
 
 
-POINTERS = {"reset": "*u8", "counter": "*i32", "flags": "*i32"}
-FLOAT32 = ("states", "initial", "grad_initial", "ends", "grad")
-GENERIC = ("gate", "value", "grad_gate", "grad_value")
-
-
-@pytest.mark.parametrize("name", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_kernels_compile_for_an_h100(name, dtype):
+@pytest.mark.parametrize("name", ["scan", "rg_lru"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_kernels_compile_for_an_h100(name, direction):
     """No GPU is needed to compile; the wait for the chunk before must be an acquiring load."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from speechssm.recurrence import scan_triton
+    from speechssm.recurrence import rg_lru_triton, scan_triton
 
-    kernel = getattr(scan_triton, name)
-    constants = {"HAS_INITIAL": True, "HAS_RESET": True, "CHUNK": scan_cuda.CHUNK, "BLOCK": 32}
-    signature = dict.fromkeys(kernel.arg_names, "i32")
-    signature |= dict.fromkeys(constants, "constexpr")
-    signature |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(GENERIC, f"*{dtype}") | POINTERS
-    signature = {argument: signature[argument] for argument in kernel.arg_names}
+    module, launch = {
+        "scan": (scan_triton, scan_cuda), "rg_lru": (rg_lru_triton, rg_lru_cuda)
+    }[name]  # fmt: skip
+    kernel = getattr(module, direction)
+    # The rest are bfloat16 tensors, or numbers where the name has no place among these.
+    types = dict.fromkeys(("counter", "flags"), "*i32") | dict.fromkeys(("reset", "start"), "*i1")
+    types |= dict.fromkeys(
+        ("initial", "rate", "ends", "last", "grad_last", "grad_rate", "grad_initial"), "*fp32"
+    )
+    tensors = ("gate", "value", "p", "q", "x", "states", "grad")
+    types |= dict.fromkeys((*tensors, *(f"grad_{tensor}" for tensor in tensors)), "*bf16")
+    if name == "scan":
+        types |= dict.fromkeys(("states", "grad"), "*fp32")
+    constants = {"HAS_INITIAL": True, "CHUNK": launch.CHUNK, "BLOCK": launch.BLOCK}
+    constants["HAS_RESET" if name == "scan" else "HAS_START"] = True
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": scan_cuda.NUM_WARPS},
+        options={"num_warps": launch.NUM_WARPS, "maxnreg": launch.MAX_REGISTERS},
     )
     assert "ld.global.gpu.acquire" in compiled.asm["ptx"]
     assert "atom.global.gpu.release.exch" in compiled.asm["ptx"]
