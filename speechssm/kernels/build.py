@@ -65,7 +65,7 @@ def build(name: str) -> Path:
     source = SOURCES / f"{name}.c"
     command = compiler()
     sources = [source.read_text(), *(path.read_text() for path in sorted(SOURCES.glob("*.h")))]
-    identity = [*sources, *FLAGS, version(command), cpu_capability()]
+    identity = [*sources, *command, *FLAGS, version(command), cpu_capability()]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_folder() / f"{name}-{digest}.so"
     if library.is_file():
