@@ -108,7 +108,7 @@ def run_lm_train(
     precision: str = "32-true",
     compile: bool = False,
     activation_checkpointing: bool | None = None,
-    step_seconds: float = 150.0,
+    step_seconds: float = 300.0,
     systems: Sequence[str] | None = None,
     device: str = "cpu",
     seed: int = 0,

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from speechssm.report.plots import Line, draw_lines, legend
 from speechssm.report.style import MUTED, SERIES, figure
@@ -31,9 +31,15 @@ def short_count(value: float) -> str:
     return f"{value:.0f}" if value < 1000 else f"{value / 1000:.3g}k"
 
 
-def plain_ticks(axes: Axes) -> None:
-    """Numbers instead of powers of ten on a logarithmic axis of y."""
+def value_axis(axes: Axes, lines: Sequence[Line]) -> None:
+    """The axis of y: from zero where values are alike, else logarithmic with plain numbers."""
+    values = [value for line in lines for value in line.y]
+    if not values or max(values) < 4 * min(values):
+        axes.set_ylim(0, max(values, default=1) * 1.15)
+        return
     axes.set_yscale("log")
+    subs = (1.0, 2.0, 5.0) if max(values) < 300 * min(values) else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value, 3)))
 
@@ -65,7 +71,7 @@ def scan_figure(cells: Sequence[Mapping[str, Any]], default: str) -> Figure:
                 )
             draw_lines(axes, lines)
             axes.axhline(1, color=MUTED, linewidth=1, linestyle=":")
-            plain_ticks(axes)
+            value_axis(axes, lines)
             axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
             axes.set_title(title, fontsize=9, fontweight="normal")
         panels[0].set_ylabel("times the memory floor")
@@ -165,7 +171,7 @@ def plot_by_length(
                                   markers=True))  # fmt: skip
             draw_lines(axes, lines)
             lengths_axis(axes, [point[key] for point in points])
-            plain_ticks(axes)
+            value_axis(axes, lines)
             axes.tick_params(axis="x", labelrotation=45)
             axes.set(xlabel=x_label)
             axes.set_title(title, fontsize=9, fontweight="normal")
