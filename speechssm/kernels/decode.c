@@ -114,12 +114,15 @@ INLINE range share(int64_t count, int64_t group, int64_t thread, int64_t threads
 
 INLINE float sum_of(lanes value)
 {
-    float sum[LANES];
-    memcpy(sum, &value, sizeof sum);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; ++lane)
-            sum[lane] += sum[lane + half];
-    return sum[0];
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float four __attribute__((vector_size(16)));
+    eight half[2];
+    four quarter[2];
+    memcpy(half, &value, sizeof half);
+    half[0] += half[1];
+    memcpy(quarter, half, sizeof quarter);
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
 INLINE lanes sigmoid(lanes x) { return 1.0f / (1.0f + exp_lanes(-x)); }
@@ -234,16 +237,6 @@ static buffers cut(const network *net, const call *call, int64_t thread)
     return at;
 }
 
-INLINE lanes root(lanes value)
-{
-    float each[LANES];
-    memcpy(each, &value, sizeof each);
-    for (int lane = 0; lane < LANES; ++lane)
-        each[lane] = sqrtf(each[lane]);
-    memcpy(&value, each, sizeof value);
-    return value;
-}
-
 /* The RG-LRU for `count` channels that lie in the diagonal block that begins at `first`; x is its
  * input, and `gate` the other branch, which the new state multiplies. */
 INLINE void gated_step(const recurrent *block, int64_t first, int64_t index, int count,
@@ -261,7 +254,7 @@ INLINE void gated_step(const recurrent *block, int64_t first, int64_t index, int
     lanes fraction, power = exponential(2.0f * log_gate, &fraction);
     const lanes below_one = -(power * fraction + (power - 1.0f)); /* 1 - a^2 */
     const lanes state = exp_lanes(log_gate) * load(hidden, index, count, FLOAT32) +
-                        root(below_one) * sigmoid(input) * load(x, index, count, FLOAT32);
+                        square_root(below_one) * sigmoid(input) * load(x, index, count, FLOAT32);
     store(hidden, index, state, count, FLOAT32, CACHE);
     store(gate, index, state * load(gate, index, count, FLOAT32), count, FLOAT32, CACHE);
 }
@@ -511,7 +504,9 @@ static int64_t sample(const float *logits, int64_t vocabulary, float temperature
     for (int64_t unit = 0; unit < vocabulary; unit += LANES) {
         int count = vocabulary - unit < LANES ? vocabulary - unit : LANES;
         lanes value = (load(logits, unit, count, FLOAT32) - logits[likeliest]) / temperature;
-        store(weights, unit, exp_lanes(value), count, FLOAT32, CACHE);
+        /* Below its smallest result `exp_lanes` is no exponential: such units have no weight. */
+        value = choose(value < -87.0f, all(0.0f), exp_lanes(value));
+        store(weights, unit, value, count, FLOAT32, CACHE);
     }
     float least = 0.0f;
     if (top_k > 0 && top_k < vocabulary) {

@@ -8,12 +8,31 @@ import ctypes
 import torch
 from torch import nn
 
+from speechssm.errors import ConfigError
 from speechssm.kernels.build import load_library
 from speechssm.lm.backbone import LanguageModel, LanguageModelState, ResidualBlock
 from speechssm.nn.attention import AttentionState, MultiQueryAttention
+from speechssm.nn.linear import BlockDiagonalLinear, Linear
+from speechssm.nn.mlp import GatedMLP
+from speechssm.nn.norms import RMSNorm
 from speechssm.nn.rotary import rotary_frequencies
 from speechssm.recurrence.block import RecurrentBlock, RecurrentState
-from speechssm.recurrence.rg_lru import GATE_SCALE
+from speechssm.recurrence.conv import CausalConv1d
+from speechssm.recurrence.rg_lru import GATE_SCALE, RGLRU
+
+# What the kernel computes by itself. Their subclasses, and layers that were put in their place
+# (compiled, quantised, with adapters), may compute something else.
+KNOWN_MODULES = {
+    ResidualBlock,
+    RMSNorm,
+    GatedMLP,
+    Linear,
+    MultiQueryAttention,
+    RecurrentBlock,
+    CausalConv1d,
+    RGLRU,
+    BlockDiagonalLinear,
+}
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -76,11 +95,17 @@ def library() -> ctypes.CDLL | None:
 
 
 def can_decode(model: LanguageModel) -> bool:
-    """Whether the kernel knows this network: float32 on the CPU, blocks of the two kinds."""
-    known = isinstance(model, LanguageModel) and all(
-        type(block) is ResidualBlock
-        and isinstance(block.temporal, RecurrentBlock | MultiQueryAttention)
-        for block in model.blocks
+    """Whether the kernel knows this network: float32 on the CPU, layers of this package alone."""
+    known = (
+        isinstance(model, LanguageModel)
+        and type(model).step is LanguageModel.step
+        and type(model).logits is LanguageModel.logits
+        and type(model.final_norm) is RMSNorm
+        and all(
+            type(module) in KNOWN_MODULES
+            for module in model.blocks.modules()
+            if module is not model.blocks
+        )
     )
     plain = known and all(
         tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
@@ -93,7 +118,8 @@ class CpuDecoder:
     """A model and a state as the kernel sees them. Weights are read where they are, not copied.
 
     Args:
-        model: for which `can_decode` is true; its weights must stay where they are.
+        model: for which `can_decode` is true. Its weights may change in place between streams
+            (see `follow`), but not move.
         state: of all rows, float32; the kernel changes it in place.
         logits_BV: float32, of the next unit; changed in place.
     """
@@ -103,6 +129,7 @@ class CpuDecoder:
         self.kept: list[object] = [model, state, logits_BV]
         self.kernel = library()
         self.logits_BV = logits_BV
+        self.rates: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.layers = (Layer * len(model.blocks))(
             *(
                 self.layer(block, part)
@@ -122,11 +149,27 @@ class CpuDecoder:
             max(max(module.weight.shape) for module in model.modules() if is_linear(module)),
         )
         self.work = torch.empty(0)
+        self.parameters = tuple(model.parameters())
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+
+    def follow(self) -> None:
+        """Take up weights that have changed in place, as `load_state_dict` changes them.
+
+        Raises:
+            ConfigError: they have moved, as `model.to` moves them.
+        """
+        if self.addresses != [parameter.data_ptr() for parameter in self.parameters]:
+            raise ConfigError(
+                "the model's weights have moved to another dtype or device since the engine was "
+                "made: make a new DecodeEngine"
+            )
+        for decay_D, rate_D in self.rates:
+            rate_D.copy_(decay_rate(decay_D))
 
     def pointer(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
-        self.kept.append(tensor)
+        self.kept.append(tensor.detach())  # the memory itself: `tensor` may come to have another
         return tensor.data_ptr()
 
     def linear(self, module: nn.Linear) -> ctypes.Structure:
@@ -154,6 +197,8 @@ class CpuDecoder:
 
     def recurrent(self, block: RecurrentBlock, state: RecurrentState) -> ctypes.Structure:
         gates = block.rg_lru
+        rate_D = decay_rate(gates.decay)
+        self.rates.append((gates.decay, rate_D))
         tensors = (
             block.conv.weight,
             block.conv.bias,
@@ -161,7 +206,7 @@ class CpuDecoder:
             gates.input_gate.bias,
             gates.recurrence_gate.weight,
             gates.recurrence_gate.bias,
-            -GATE_SCALE * nn.functional.softplus(gates.decay),
+            rate_D,
             state.conv.inputs_BWD,
             state.rg_lru.hidden_BD,
         )
@@ -229,6 +274,11 @@ class CpuDecoder:
             threads,
         )
         return self.kernel.decode(ctypes.byref(self.network), ctypes.byref(call)) == steps
+
+
+def decay_rate(decay_D: torch.Tensor) -> torch.Tensor:
+    """Log of the decay at a wide-open recurrence gate."""
+    return -GATE_SCALE * nn.functional.softplus(decay_D)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -24,13 +24,13 @@ PREFILL_CHUNK = 512
 MOST_STEPS = 64  # of one call of the decoder; longer ones are cut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value
 class Stream:
     """What to decode, and how to draw.
 
     Args:
         prompt: integer units `[T]`, BOS not included; empty speaks from nothing.
-        seed: of the stream's own random numbers, one per unit.
+        seed: of the stream's own random numbers, one per unit; 64 bits, signed or not.
         temperature: 0 takes the most likely unit.
         top_k, top_p: see `sampling.sample`.
         max_units: how many units `decode` draws; None is for `DecodeEngine.step` alone.
@@ -54,9 +54,12 @@ class Stream:
         if prompt.ndim != 1 or (prompt.size and prompt.dtype.kind not in "iu"):
             raise ConfigError(f"prompt: {prompt.dtype} of shape {prompt.shape}, not integer [T]")
         check_units(torch.from_numpy(prompt.astype(np.int64)), vocab_size)
-        if not 0 <= self.temperature < float("inf"):
+        if not isinstance(self.seed, int | np.integer) or not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed}: an integer of 64 bits is needed")
+        if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ConfigError(
-                f"temperature={self.temperature}: 0 (most likely unit) or more is needed"
+                f"temperature={self.temperature}: 0 (most likely unit) or more is needed, finite "
+                "in float32"
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k}: 0 (no limit) or more is needed")
@@ -70,11 +73,12 @@ class DecodeEngine:
     """Rows that decode independent streams.
 
     The units of a stream depend on its own prompt, seed and settings. With the C kernel that is
-    exact: alone or beside any others, whatever the number of threads, the same units bit for bit.
-    Elsewhere matrix products of another shape may round differently.
+    exact: alone or beside any others the same units bit for bit, and no number of threads changes
+    a step. (Prompts go through PyTorch, one by one; it may round in another way with other
+    threads.) Without the kernel matrix products of another shape may round differently.
 
     Args:
-        model: in evaluation mode; its weights must stay where they are.
+        model: in evaluation mode. Its weights may change in place between streams, but not move.
         rows: B, streams that can go on at the same time.
         max_positions: longest stream to come, in tokens (`Stream.positions`); only full attention
             needs it, and takes the model's own `max_positions` by default.
@@ -124,8 +128,8 @@ class DecodeEngine:
         """Feed BOS and the prompt of a stream, alone and in chunks, and put it into a row.
 
         Raises:
-            ConfigError: no such row, one that is taken, an impossible stream, or a prompt that
-                the cache of full attention has no room for.
+            ConfigError: no such row, one that is taken, an impossible stream, a prompt that the
+                cache of full attention has no room for, or weights that have moved.
         """
         if not 0 <= row < self.rows or row in self.streams:
             state = "is taken" if row in self.streams else f"is not in 0 ... {self.rows - 1}"
@@ -133,15 +137,16 @@ class DecodeEngine:
         stream.check(self.model.vocab_size)
         prompt_T = torch.from_numpy(np.asarray(stream.prompt).astype(np.int64))
         tokens_1T = torch.cat([torch.tensor([self.model.bos_id]), prompt_T])[None].to(self.device)
+        self.decoder.follow()
         state = self.model.initial_state(1, max_positions=self.max_positions)
         for tokens in tokens_1T.split(self.prefill_chunk, dim=1):
             hidden_1TD, state = self.model(tokens, tokens == self.model.bos_id, state)
         copy_row(state, self.state, row)
         self.logits_BV[row] = self.model.logits(hidden_1TD[0, -1])
         self.temperature_B[row] = stream.temperature
-        self.top_k_B[row] = stream.top_k
+        self.top_k_B[row] = min(stream.top_k, self.model.vocab_size)
         self.top_p_B[row] = stream.top_p
-        self.generators[row].manual_seed(stream.seed)
+        self.generators[row].manual_seed(int(stream.seed))
         self.fed[row] = tokens_1T.shape[1]
         self.streams[row] = stream
 
@@ -157,7 +162,7 @@ class DecodeEngine:
 
         Raises:
             ConfigError: no stream, count below 1, a cache of full attention that is full, or
-                logits that are not finite.
+                logits that are not finite; all streams are stopped then.
         """
         if count < 1 or not self.streams:
             raise ConfigError(f"step({count}) with {len(self.streams)} streams: each at least 1")
@@ -192,6 +197,8 @@ class DecodeEngine:
             self.top_p_B,
         )
         if not finite:
+            # The kernel stopped in the middle: the others have drawn what was not fed in.
+            self.streams.clear()
             raise ConfigError(
                 "the language model's logits are not finite: its weights are broken, train again "
                 "or choose an earlier checkpoint"
@@ -214,6 +221,9 @@ class TorchDecoder:
         self.drawn_B = torch.zeros(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
         self.use_graph = logits_BV.device.type == "cuda"
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def follow(self) -> None:
+        """Nothing to do: the model's weights are read where they are."""
 
     def one(self, temperature_B, top_k_B, top_p_B) -> None:
         """Draw one unit for every row and feed it in; buffers in, buffers out."""

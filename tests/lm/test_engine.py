@@ -188,6 +188,19 @@ def test_draws_of_the_kernel_are_those_of_torch(limits):
     assert kept[torch.arange(rows), drawn[:, 0]].all()
 
 
+@needs_kernel
+@torch.inference_mode()
+def test_a_unit_without_weight_is_not_drawn_at_the_very_first_number():
+    decoding = DecodeEngine(Griffin(UNITS, 16, 1, 2, window=4).eval(), 1)
+    decoding.logits_BV.fill_(-1000.0)[0, 20] = 5.0
+    zeros = torch.zeros(1, 64)
+    assert sample(decoding.logits_BV, zeros[:, 0]) == 20
+    drawn = torch.zeros(1, 64, dtype=torch.int64)
+    no_limit = torch.zeros(1, dtype=torch.int64)
+    decoding.decoder.run(torch.arange(1), 1, zeros, drawn, torch.ones(1), no_limit, torch.ones(1))
+    assert drawn[0, 0] == 20
+
+
 def sample_support(logits, top_k, top_p):
     """By definition, unit by unit: which may be drawn."""
     kept = torch.zeros_like(logits, dtype=torch.bool)
@@ -284,6 +297,9 @@ def test_a_row_of_a_batch_of_prompts_is_that_prompt_alone(model):
         (Stream(np.array([1.5])), "not integer"),
         (Stream(temperature=-0.1), "temperature=-0.1"),
         (Stream(temperature=float("nan")), "temperature=nan"),
+        (Stream(temperature=1e39), r"temperature=1e\+39"),
+        (Stream(seed=2**64), "seed=18446744073709551616"),
+        (Stream(seed=0.5), "seed=0.5"),
         (Stream(top_k=-1), "top_k=-1"),
         (Stream(top_p=0.0), "top_p=0.0"),
         (Stream(top_p=1.1), "top_p=1.1"),
@@ -312,6 +328,67 @@ def test_misuse_is_named():
         decoding.start(1, Stream())
     with pytest.raises(ConfigError, match="has no max_units"):
         next(decode(model, [Stream()], 1))
+
+
+@needs_kernel
+def test_weights_may_change_in_place_between_streams():
+    model, other = build("griffin"), build("griffin")
+    for parameter in other.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    decoding = DecodeEngine(model, 1)
+    model.load_state_dict(other.state_dict())
+    decoding.start(0, Stream(seed=3))
+    assert np.array_equal(decoding.step(50)[0], alone(other, Stream(seed=3), 50))
+
+
+@needs_kernel
+def test_weights_that_have_moved_are_named_and_a_running_stream_keeps_the_old_ones():
+    model = build("griffin")
+    expected = alone(model, Stream(seed=3), 200)
+    decoding = DecodeEngine(model, 2)
+    decoding.start(0, Stream(seed=3))
+    model.double()
+    # Were the old weights' memory free, these would overwrite it.
+    kept = [torch.full((2**size,), torch.nan) for size in range(4, 15) for _ in range(20)]
+    assert np.array_equal(decoding.step(200)[0], expected)
+    del kept
+    with pytest.raises(ConfigError, match="weights have moved"):
+        decoding.start(1, Stream())
+
+
+@pytest.mark.parametrize("change", ["logits", "layer"])
+def test_a_model_that_computes_something_else_is_left_to_its_own_forward(change):
+    model = build("griffin")
+    if change == "logits":
+
+        class Silent(Griffin):
+            def logits(self, hidden_BTD):
+                return super().logits(hidden_BTD).index_fill(-1, torch.tensor([0]), -1e9)
+
+        model.__class__ = Silent
+    else:
+
+        class Zero(torch.nn.Linear):
+            def forward(self, x):
+                return 0 * super().forward(x)
+
+        model.blocks[0].mlp.down = Zero(144, 48)
+    assert not can_decode(model)
+
+
+@needs_kernel
+@torch.inference_mode()
+def test_a_broken_row_stops_all_streams_of_the_call():
+    decoding = DecodeEngine(build("griffin"), 2)
+    for row in range(2):
+        decoding.start(row, Stream(seed=row))
+    decoding.logits_BV[0, 3] = float("nan")
+    with pytest.raises(ConfigError, match="not finite"):
+        decoding.step(2)
+    decoding.start(0, Stream(seed=1))
+    decoding.start(1, Stream(seed=1))
+    first, second = decoding.step(20)
+    assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
