@@ -4,6 +4,7 @@ Legend: B batch, T time, D width, P positions (B * T) or a chunk of them, V voca
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 CHUNK_LOGITS = 2**23  # float32 logits held at once: 32 MiB
@@ -25,7 +26,7 @@ def cross_entropy(
 
     Args:
         hidden_BTD: of the language model; float32, or lower precision.
-        targets_BT: int64 units; -100 where there is no loss.
+        targets_BT: int64 units, 0 ... V - 1; -100 where there is no loss.
         weight_VD: the output embedding, `model.output_weight`.
         soft_cap: logits become cap * tanh(logits / cap).
         chunk_logits: float32 logits held at once.
@@ -77,6 +78,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total):
         grad_hidden_PD, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_PD is not None:
@@ -100,7 +102,7 @@ def loss_and_gradient(
         slope_PV = 1 - logits_PV.square() if with_gradient else None
         logits_PV = logits_PV.mul_(soft_cap)
     counted_P1 = (targets_P != IGNORED).unsqueeze(1)
-    target_P1 = targets_P.clamp(min=0).unsqueeze(1)
+    target_P1 = targets_P.unsqueeze(1).masked_fill(~counted_P1, 0)
     log_sum_P1 = logits_PV.logsumexp(1, keepdim=True)
     nats_P1 = (log_sum_P1 - logits_PV.gather(1, target_P1)).masked_fill(~counted_P1, 0)
     if not with_gradient:

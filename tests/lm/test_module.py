@@ -140,6 +140,22 @@ def test_cross_entropy_without_gradients_and_with_one_alone():
     assert torch.equal(both, alone)
 
 
+@pytest.mark.parametrize("target", [-1, VOCABULARY])
+def test_cross_entropy_takes_no_other_number_for_a_unit(target):
+    model, hidden, targets = loss_case()
+    targets[0, 0] = target
+    with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
+        cross_entropy(hidden, targets, model.output_weight)
+
+
+def test_cross_entropy_has_no_second_derivative_rather_than_a_wrong_one():
+    model, hidden, targets = loss_case()
+    total, _ = cross_entropy(hidden, targets, model.output_weight)
+    (grad,) = torch.autograd.grad(total.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_cross_entropy_under_autocast_multiplies_in_bfloat16_and_sums_in_float32():
     model, hidden, targets = loss_case()
     expected, _ = cross_entropy(hidden, targets, model.output_weight, 30.0)
