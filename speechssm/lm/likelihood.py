@@ -55,10 +55,10 @@ def score_all(
         raise ConfigError(f"score: rows={rows}, chunk={chunk}: each at least 1")
     for index, units_T in enumerate(documents):
         units_T = np.asarray(units_T)
-        if units_T.ndim != 1 or not units_T.size:
+        if units_T.ndim != 1 or not units_T.size or units_T.dtype.kind not in "iu":
             raise ConfigError(
-                f"score: units of document {index} have shape {units_T.shape}: [T] with T >= 1 is "
-                "needed"
+                f"score: units of document {index} are {units_T.dtype} of shape {units_T.shape}: "
+                "integer [T] with T >= 1 is needed"
             )
         check_units(torch.from_numpy(units_T.astype(np.int64)), model.vocab_size)
     longest_first = sorted(range(len(documents)), key=lambda index: -len(documents[index]))

@@ -39,7 +39,9 @@ def test_score_gives_a_transformer_room_for_the_document():
     assert len(score(model, np.zeros(30, dtype=np.int64), chunk=8)) == 30
 
 
-@pytest.mark.parametrize("units", [np.zeros(0), np.zeros((2, 3)), np.array([VOCABULARY])])
+@pytest.mark.parametrize(
+    "units", [np.zeros(0, int), np.zeros((2, 3), int), np.array([VOCABULARY]), np.array([1.5])]
+)
 def test_score_refuses_what_it_cannot_score(model, units):
     with pytest.raises(ConfigError):
         score(model, units)
@@ -68,7 +70,7 @@ def test_no_documents_have_no_scores(model):
 
 
 def test_the_document_that_cannot_be_scored_is_named(model):
-    with pytest.raises(ConfigError, match="document 1 have shape"):
+    with pytest.raises(ConfigError, match=r"document 1 are float64 of shape \(0,\)"):
         score_all(model, [np.zeros(3, dtype=np.int64), np.zeros(0)])
     with pytest.raises(ConfigError, match="rows=0"):
         score_all(model, [], rows=0)
