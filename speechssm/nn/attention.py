@@ -77,6 +77,8 @@ class MultiQueryAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.head_width = width // num_heads
+        if not 0 <= rotary_fraction <= 1:
+            raise ConfigError(f"rotary_fraction={rotary_fraction}: a share, 0 ... 1")
         if positions == "rotary" and (self.head_width * rotary_fraction) % 2:
             raise ConfigError(
                 f"rotary_fraction={rotary_fraction} of a head of {self.head_width} features is "

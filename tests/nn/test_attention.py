@@ -110,19 +110,18 @@ def test_a_reset_row_forgets_and_its_neighbour_does_not():
 
 def test_full_attention_in_blocks_has_the_gradients_of_one_block(monkeypatch):
     torch.manual_seed(0)
-    layer = MultiQueryAttention(WIDTH, HEADS, None, max_positions=8, positions="rotary")
-    x_BTD = torch.randn(2, 20, WIDTH)
-    starts, _ = starts_and_positions(2, 20, seed=1)
+    rows = [torch.randn(shape, requires_grad=True) for shape in ((2, 20, 3, 8), *[(2, 20, 8)] * 2)]
+    segments_BT = (torch.rand(2, 20) < 0.1).long().cumsum(1)
+    weight = torch.randn(2, 20, 3, 8)
 
     def gradients():
-        layer.zero_grad()
-        layer(x_BTD, starts)[0].square().sum().backward()
-        return [p.grad.clone() for p in layer.parameters()]
+        attended = attention_rows.full_attention(*rows, segments_BT)
+        return torch.autograd.grad((attended * weight).sum(), rows)
 
     whole = gradients()
     monkeypatch.setattr(attention_rows, "BLOCK", 7)
     for in_blocks, expected in zip(gradients(), whole, strict=True):
-        torch.testing.assert_close(in_blocks, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(in_blocks, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 5, 8, 20, 100])
@@ -156,15 +155,43 @@ def test_flex_attention_sees_what_the_blocked_one_sees(window):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reach", [1, 2, 127, 128, 129, 256, 257, 1000])
+@pytest.mark.parametrize("reach", [1, 2, 127, 128, 129, 256, 257, 400, 1000])
 @pytest.mark.parametrize("length", [1, 128, 300, 900])
 def test_the_visited_blocks_are_those_with_a_visible_key(length, reach):
-    count_G, block_GG = attention_rows.visited_blocks(length, reach)
     size = attention_rows.FLEX_BLOCK
-    for block, (count, visited) in enumerate(zip(count_G, block_GG, strict=True)):
-        first, last = block * size, min(length, (block + 1) * size) - 1
-        seen = {key // size for key in range(max(0, first - reach + 1), last + 1)}
-        assert visited[:count].tolist() == sorted(seen)
+    generator = torch.Generator().manual_seed(length)
+    segments_BT = (torch.rand(3, length, generator=generator) < 0.004).long().cumsum(1)
+    segments_BT[0] = 0
+    time_T = torch.arange(length)
+    distance_TT = time_T[:, None] - time_T
+    near_TT = (distance_TT >= 0) & (distance_TT < reach)
+    visible_BTT = near_TT & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    blocks = -(-length // size)
+    padding = blocks * size - length
+    padded = torch.nn.functional.pad(visible_BTT, (0, padding, 0, padding))
+    tiles = padded.unflatten(2, (blocks, size)).unflatten(1, (blocks, size)).transpose(2, 3)
+    partial_BGG, whole_BGG = attention_rows.visited_blocks(segments_BT, reach)
+    assert torch.equal(whole_BGG, tiles.all(-1).all(-1))
+    assert torch.equal(partial_BGG | whole_BGG, tiles.any(-1).any(-1))
+    assert not (partial_BGG & whole_BGG).any()
+
+
+def test_one_document_after_the_other_is_the_masked_row():
+    torch.manual_seed(0)
+    shapes = ((2, 40, 3, 8), (2, 40, 8), (2, 40, 8))
+    rows = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    start_BT = torch.rand(2, 40) < 0.15
+    start_BT[0, [0, 1, 39]] = True
+    found = attention_rows.attend_row(*rows, start_BT, None)
+    expected = attention_rows.full_attention(*rows, start_BT.long().cumsum(1))
+    weight = torch.randn_like(found)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), rows),
+        torch.autograd.grad((expected * weight).sum(), rows),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -194,6 +221,8 @@ def test_compiled_flex_attention_has_the_blocked_ones_gradients(window):
         ({"window": None}, "max_positions=None"),
         ({"positions": "alibi"}, "alibi"),
         ({"positions": "rotary", "rotary_fraction": 0.4}, "rotary_fraction=0.4"),
+        ({"positions": "rotary", "rotary_fraction": 2.0}, "rotary_fraction=2.0: a share"),
+        ({"positions": "rotary", "rotary_fraction": -0.5}, "rotary_fraction=-0.5: a share"),
     ],
 )
 def test_impossible_options_are_named(arguments, message):
