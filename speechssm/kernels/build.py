@@ -48,9 +48,10 @@ def load_library(name: str) -> ctypes.CDLL | None:
     except (BuildError, OSError, subprocess.SubprocessError) as error:
         log.warning(
             "the kernel %s.c cannot be used (%s); slower PyTorch code runs instead. Install a C "
-            "compiler, or set %s=off to leave this out",
+            "compiler, set %s to a folder that can be written, or %s=off to leave this out",
             name,
             " ".join(str(error).split())[:300],
+            CACHE,
             SWITCH,
         )
         return None
@@ -60,7 +61,7 @@ def build(name: str) -> Path:
     """Path of the shared library of `NAME.c`, compiled unless the cache has it.
 
     Raises:
-        BuildError: no compiler, or it fails.
+        BuildError: no compiler, or it fails, or no folder for the cache.
     """
     source = SOURCES / f"{name}.c"
     command = compiler()
@@ -120,8 +121,15 @@ def cpu_capability() -> str:
 
 
 def cache_folder() -> Path:
-    """`$SPEECHSSM_KERNEL_CACHE`, or `speechssm/kernels` in the user's cache folder."""
+    """`$SPEECHSSM_KERNEL_CACHE`, or `speechssm/kernels` in the user's cache folder.
+
+    Raises:
+        BuildError: neither is named, and the user has no home.
+    """
     if chosen := os.environ.get(CACHE):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # as of a container's user that has no name
+        raise BuildError(str(error)) from error
     return Path(base) / "speechssm" / "kernels"

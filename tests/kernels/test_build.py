@@ -47,10 +47,23 @@ def test_another_processor_or_source_gets_a_library_of_its_own(folder, monkeypat
     assert len({first, second, third}) == 3
 
 
-@pytest.mark.parametrize("broken", ["source", "compiler"])
+def test_flags_of_the_compiler_get_a_library_of_their_own(folder, monkeypatch):
+    monkeypatch.setenv("CC", "cc -O1")
+    first = build.build("small")
+    monkeypatch.setenv("CC", "cc -O2")
+    assert build.build("small") != first
+
+
+@pytest.mark.parametrize("broken", ["source", "compiler", "home", "cache"])
 def test_where_nothing_can_be_compiled_one_warning_says_so(folder, monkeypatch, caplog, broken):
     if broken == "source":
         (folder / "small.c").write_text("this is no C")
+    elif broken == "home":  # a user id without a name, and no HOME
+        for variable in ("HOME", "XDG_CACHE_HOME", build.CACHE):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    elif broken == "cache":
+        monkeypatch.setenv(build.CACHE, str(folder / "small.c" / "cache"))
     else:
         monkeypatch.setenv("PATH", str(folder))
         monkeypatch.delenv("CC", raising=False)
