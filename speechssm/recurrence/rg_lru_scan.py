@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from speechssm.errors import ConfigError
 from speechssm.recurrence import rg_lru_cpu, rg_lru_cuda
 from speechssm.recurrence.scan import check_arguments, choose_backend, linear_scan
 
@@ -100,7 +101,7 @@ def rg_lru_scan(
         input_logit_BTD: of i.
         recurrence_logit_BTD: of r; of the same dtype.
         x_BTD: what enters the recurrence.
-        rate_D: float32, negative: log a of a wide-open recurrence gate.
+        rate_D: negative: log a of a wide-open recurrence gate.
         initial_BD: h_{-1}; zeros if omitted.
         document_start_BT: bool.
         backend: see `linear_scan`.
@@ -109,7 +110,7 @@ def rg_lru_scan(
         states_BTD in the dtype of `x_BTD`, and last_BD in float32.
 
     Raises:
-        ConfigError: as `linear_scan`.
+        ConfigError: as `linear_scan`, and a rate that does not fit.
     """
     check_arguments(
         "rg_lru_scan",
@@ -117,7 +118,13 @@ def rg_lru_scan(
         initial_BD,
         document_start_BT,
     )
+    if rate_D.shape != x_BTD.shape[2:] or rate_D.device != x_BTD.device:
+        raise ConfigError(
+            f"rg_lru_scan: the rate has shape {tuple(rate_D.shape)} on {rate_D.device} instead of "
+            f"[D] = {tuple(x_BTD.shape[2:])} on {x_BTD.device}"
+        )
     backend = choose_backend(backend, x_BTD.device)
+    rate_D = rate_D.float()
     if initial_BD is not None:
         initial_BD = initial_BD.float()
     if backend in FUSED and x_BTD.shape[1] > 1:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from speechssm.errors import ConfigError
 from speechssm.kernels import arguments
 from speechssm.recurrence import conv_cpu, linear_scan, rg_lru_cpu, scan_cpu
 from speechssm.recurrence.block import RecurrentBlock
@@ -226,6 +227,16 @@ def test_other_dtypes_are_converted():
     expected, _ = rg_lru_scan(p.half().float(), q.half().float(), x, rate, backend="cpu")
     assert states.dtype == torch.float64
     assert torch.equal(states.float(), expected)
+
+
+def test_a_rate_that_does_not_fit_is_named_and_one_of_another_dtype_converted():
+    p, q, x = torch.randn(3, 2, 9, 32)
+    rate = -torch.rand(32)
+    expected, _ = rg_lru_scan(p, q, x, rate, backend="cpu")
+    assert torch.equal(rg_lru_scan(p, q, x, rate.double(), backend="cpu")[0], expected)
+    for wrong in (rate[:3], rate[None], rate.to("meta")):
+        with pytest.raises(ConfigError, match="the rate has shape"):
+            rg_lru_scan(p, q, x, wrong, backend="cpu")
 
 
 def test_strided_rows_are_read_where_they_lie():
