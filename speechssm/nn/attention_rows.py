@@ -2,14 +2,16 @@
 
 `attend_row` is what training uses. On a GPU it is FlexAttention, compiled, which visits only the
 blocks of keys that a block of queries may see. Elsewhere it is PyTorch's scaled dot product over
-blocks of queries, which is the reference for it too.
+blocks of queries, which is the reference for it too, or over one document after the other.
 
 Legend: B batch, T time (queries), S time (keys), N heads, H head width, L queries per block,
 G blocks, K keys seen by one block.
 """
 
 import functools
+import importlib.util
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from speechssm.nn.documents import segments
 BLOCK = 512  # queries of full attention at a time
 FLEX_BLOCK = 128
 FLEX_SMALLEST_HEAD = 16
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # which FlexAttention compiles to
 
 
 def attend_row(
@@ -38,7 +41,7 @@ def attend_row(
         document_start_BT: bool; nothing before a start is seen from there on.
         window: keys that a query sees, its own included; None for its whole document.
     """
-    batch, length = query_BTNH.shape[:2]
+    batch, length, _, head_width = query_BTNH.shape
     device = query_BTNH.device.type
     if window is not None and window >= length:
         window = None
@@ -46,59 +49,68 @@ def attend_row(
     may_look = device == "cpu" and not torch.compiler.is_compiling()
     if document_start_BT is not None and may_look and not document_start_BT[:, 1:].any():
         document_start_BT = None
-    if window is None and document_start_BT is None:
+    if window is None and document_start_BT is None and device != "xla":
+        # CPU and GPU have kernels for this one that make no `[T, T]`.
         return _attend(query_BTNH, key_BTH, value_BTH, None)
+    if window is None and may_look:
+        return by_documents(query_BTNH, key_BTH, value_BTH, document_start_BT)
     if document_start_BT is None:
         segments_BT = torch.zeros(batch, length, dtype=torch.int64, device=query_BTNH.device)
     else:
         segments_BT = segments(document_start_BT)
-    if device == "cuda" and query_BTNH.shape[-1] >= FLEX_SMALLEST_HEAD:
-        return flex_row(query_BTNH, key_BTH, value_BTH, segments_BT, window, compiled_flex())
+    if (
+        device == "cuda"
+        and HAS_TRITON
+        and head_width >= FLEX_SMALLEST_HEAD
+        and length >= FLEX_BLOCK  # below, another kernel of FlexAttention's, and less general
+    ):
+        return flex_row(query_BTNH, key_BTH, value_BTH, segments_BT, window, flex_attention())
     if window is None:
         return full_attention(query_BTNH, key_BTH, value_BTH, segments_BT)
     return local_attention(query_BTNH, key_BTH, value_BTH, segments_BT, segments_BT, window)
 
 
+def by_documents(query_BTNH, key_BTH, value_BTH, document_start_BT) -> torch.Tensor:
+    """Full attention, one document after the other: none of the work of a mask, and no mask."""
+    length = query_BTNH.shape[1]
+    attended = []
+    for row, start_T in enumerate(document_start_BT):
+        edges = [0, *(start_T[1:].nonzero().flatten() + 1).tolist(), length]
+        for begin, end in pairwise(edges):
+            document = (slice(row, row + 1), slice(begin, end))
+            attended.append(
+                _attend(query_BTNH[document], key_BTH[document], value_BTH[document], None)
+            )
+    return torch.cat(attended, dim=1).view(query_BTNH.shape)
+
+
+def flex_attention():
+    """PyTorch's FlexAttention, compiled once for each shape."""
+    from torch.nn.attention import flex_attention as flex
+
+    return flex.flex_attention if torch.compiler.is_compiling() else _compiled(flex.flex_attention)
+
+
 @functools.cache
-def compiled_flex():
-    """FlexAttention, compiled once for each shape."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@functools.lru_cache(maxsize=16)
-def visited_blocks(length: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks of keys each block of queries visits, int32 `[G]`, and which, `[G, G]`.
-
-    Those that hold one of the `reach` positions up to a query of the block; entries beyond the
-    count mean nothing.
-    """
-    blocks = math.ceil(length / FLEX_BLOCK)
-    last_G = torch.arange(blocks, dtype=torch.int32)
-    first_G = ((last_G * FLEX_BLOCK - (reach - 1)) // FLEX_BLOCK).clamp(min=0)
-    return last_G - first_G + 1, (first_G[:, None] + last_G).clamp(max=blocks - 1)
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
 def flex_row(query_BTNH, key_BTH, value_BTH, segments_BT, window: int | None, flex):
-    """The same by FlexAttention; `flex` is the function, compiled or not.
-
-    Which blocks of keys a block of queries visits depends on the window alone: a band below the
-    diagonal, made without a mask of `[T, T]`. Documents are told apart inside of the blocks.
-    """
+    """The same by FlexAttention; `flex` is the function, compiled or not."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    batch, length = query_BTNH.shape[:2]
+    length = query_BTNH.shape[1]
     reach = length if window is None else window
 
     def visible(row, head, query, key):
         near = (query >= key) & (query - key < reach)
         return near & (segments_BT[row, query] == segments_BT[row, key])
 
-    count_G, block_GG = visited_blocks(length, reach)
+    partial_BGG, whole_BGG = visited_blocks(segments_BT, reach)
     mask = BlockMask.from_kv_blocks(
-        count_G.to(query_BTNH.device).expand(batch, 1, -1).contiguous(),
-        block_GG.to(query_BTNH.device).expand(batch, 1, -1, -1).contiguous(),
+        *_listed(partial_BGG),
+        *_listed(whole_BGG),
         BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=visible,
         seq_lengths=(length, length),
@@ -110,6 +122,32 @@ def flex_row(query_BTNH, key_BTH, value_BTH, segments_BT, window: int | None, fl
         block_mask=mask,
         enable_gqa=True,
     ).transpose(1, 2)
+
+
+def visited_blocks(segments_BT: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of keys (last axis) that a block of queries sees in part, and as a whole.
+
+    From the ends of the blocks alone, without a mask of `[T, T]`: document numbers only grow, so
+    the nearest pair of two blocks tells whether any pair is visible, the farthest whether all are.
+    """
+    length = segments_BT.shape[1]
+    first_G = torch.arange(0, length, FLEX_BLOCK, device=segments_BT.device)
+    last_G = (first_G + FLEX_BLOCK - 1).clamp(max=length - 1)
+    first_BG, last_BG = segments_BT[:, first_G], segments_BT[:, last_G]
+    own_GG = first_G[:, None] == first_G
+    near_GG = (first_G[:, None] > last_G) & (first_G[:, None] - last_G < reach)
+    seen_BGG = own_GG | (near_GG & (first_BG[:, :, None] == last_BG[:, None, :]))
+    # A last block that the row does not fill is never whole.
+    full_G = last_G - first_G == FLEX_BLOCK - 1
+    all_near_GG = near_GG & (last_G[:, None] - first_G < reach) & full_G[:, None]
+    whole_BGG = all_near_GG & (last_BG[:, :, None] == first_BG[:, None, :])
+    return seen_BGG & ~whole_BGG, whole_BGG
+
+
+def _listed(blocks_BGG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of each row are marked, and which; the entries beyond mean nothing."""
+    index_BGG = blocks_BGG.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks_BGG.sum(-1).int().unsqueeze(1), index_BGG.int().unsqueeze(1)
 
 
 def _attend(query_BTNH, key_BSH, value_BSH, visible_BTS: torch.Tensor | None) -> torch.Tensor:
