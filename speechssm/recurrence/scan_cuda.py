@@ -19,6 +19,7 @@ CHUNK, BLOCK = 128, 32  # positions and channels of a tile: 128 bytes of a row a
 NUM_WARPS, MAX_REGISTERS = 4, 168
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def available() -> bool:
     """Whether Triton can be imported; says so once where it cannot."""
