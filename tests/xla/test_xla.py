@@ -168,10 +168,63 @@ for batch, length, width in ((2, 2, 3), (2, 36, 16), (1, 750, 24), (1, 5760, 8))
 """
 
 
-def test_the_xla_scan_and_its_gradients_equal_the_cpu_ones_for_any_length() -> None:
+HALF_PRECISION = """
+import torch, torch_xla
+from speechssm.recurrence.rg_lru import RGLRU
+from speechssm.recurrence.scan import choose_backend, linear_scan
+
+device = torch_xla.device()
+assert choose_backend(None, device) == "xla"
+torch.manual_seed(0)
+gate, value = torch.rand(2, 1, 70, 12).bfloat16()
+states, last = linear_scan(gate.to(device), value.to(device))
+expected, _ = linear_scan(gate, value, backend="reference")
+assert states.dtype == torch.float32
+torch.testing.assert_close(states.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+start = torch.rand(2, 70) < 0.1
+layer, x, weight = RGLRU(12, 3), torch.randn(2, 70, 12), torch.randn(2, 70, 12)
+on_xla = RGLRU(12, 3).to(device)
+on_xla.load_state_dict(layer.state_dict())
+results = []
+for place, network in ((device, on_xla), ("cpu", layer)):
+    leaf = x.to(place).requires_grad_()
+    output = network(leaf, start.to(place))[0]
+    (output * weight.to(place)).sum().backward()
+    results.append([output, leaf.grad, *(parameter.grad for parameter in network.parameters())])
+for ours, theirs in zip(*results, strict=True):
+    torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), atol=1e-4, rtol=1e-4)
+"""
+
+GRAPH = """
+import torch, torch_xla
+from speechssm.recurrence.scan import linear_scan
+
+found = []
+for length in (100, 24_000):
+    leaves = [torch.rand(1, length, 8, device="xla", requires_grad=True) for _ in range(2)]
+    states, _ = linear_scan(*leaves)
+    gradients = torch.autograd.grad(states.sum(), leaves)
+    text = torch_xla._XLAC._get_xla_tensors_hlo([states, *gradients])
+    found.append((len(text.splitlines()), text.count(" while(")))
+(short, loops), (long, same) = found
+assert loops == same == 4, found  # two levels, forward and back
+assert long < 1.2 * short, found
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(SCAN, id="for any length"),
+        pytest.param(HALF_PRECISION, id="bfloat16 and the RG-LRU"),
+        pytest.param(GRAPH, id="in a graph that does not grow with the length"),
+    ],
+)
+def test_the_xla_scan_and_its_gradients_equal_the_cpu_ones(script: str) -> None:
     environment = os.environ | {"PJRT_DEVICE": "CPU"}
     done = subprocess.run(
-        [sys.executable, "-c", SCAN], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
