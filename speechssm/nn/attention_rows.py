@@ -43,16 +43,15 @@ def attend_row(
     """
     batch, length, _, head_width = query_BTNH.shape
     device = query_BTNH.device.type
-    if window is not None and window >= length:
-        window = None
+    whole = window is None or window >= length
     # Looking into a tensor costs nothing on the CPU; elsewhere it would wait for the device.
     may_look = device == "cpu" and not torch.compiler.is_compiling()
     if document_start_BT is not None and may_look and not document_start_BT[:, 1:].any():
         document_start_BT = None
-    if window is None and document_start_BT is None and device != "xla":
+    if whole and document_start_BT is None and device != "xla":
         # CPU and GPU have kernels for this one that make no `[T, T]`.
         return _attend(query_BTNH, key_BTH, value_BTH, None)
-    if window is None and may_look:
+    if whole and may_look:
         return by_documents(query_BTNH, key_BTH, value_BTH, document_start_BT)
     if document_start_BT is None:
         segments_BT = torch.zeros(batch, length, dtype=torch.int64, device=query_BTNH.device)
