@@ -9,22 +9,11 @@
  * Legend: B rows of a call, D width, R width of the recurrence, F width of the gated MLP, N heads,
  * H head width, S slots of the attention ring, V vocabulary.
  */
-#include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
 
-#include "lanes.h"
-
-typedef struct {
-    const float *weight; /* [outputs, inputs] */
-    const float *bias;   /* [outputs] or null */
-    int64_t outputs, inputs;
-} linear;
-
-typedef struct {
-    const float *scale; /* [D] */
-    float epsilon;
-} norm;
+#include "dense.h"
+#include "draw.h"
 
 typedef struct {
     norm before;
@@ -100,98 +89,10 @@ static void meet(meeting *all)
             sched_yield();
 }
 
-typedef struct {
-    int64_t begin, end;
-} range;
-
-/* This thread's part of `count` things, in whole groups of `group`. */
-INLINE range share(int64_t count, int64_t group, int64_t thread, int64_t threads)
-{
-    int64_t groups = (count + group - 1) / group;
-    int64_t begin = groups * thread / threads * group, end = groups * (thread + 1) / threads * group;
-    return (range){begin, end < count ? end : count};
-}
-
-INLINE float sum_of(lanes value)
-{
-    typedef float eight __attribute__((vector_size(32)));
-    typedef float four __attribute__((vector_size(16)));
-    eight half[2];
-    four quarter[2];
-    memcpy(half, &value, sizeof half);
-    half[0] += half[1];
-    memcpy(quarter, half, sizeof quarter);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
-}
-
 INLINE lanes sigmoid(lanes x) { return 1.0f / (1.0f + exp_lanes(-x)); }
 
 /* The tanh form: x (1 + tanh z) / 2 = x sigmoid(2 z). */
 INLINE lanes gelu(lanes x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
-
-/* `outputs` rows of the weight against `rows` inputs; both are constants where this is called. */
-INLINE void dot(const linear *map, int64_t first, int outputs, const float *x, int64_t x_stride,
-                int rows, float *y, int64_t y_stride)
-{
-    const int64_t inputs = map->inputs, whole = inputs / LANES * LANES;
-    const float *weight = map->weight + first * inputs;
-    lanes sum[4][4] = {{{0}}};
-    for (int64_t index = 0; index < whole; index += LANES) {
-        lanes w[4];
-        for (int output = 0; output < outputs; ++output)
-            w[output] = load(weight + output * inputs, index, LANES, FLOAT32);
-        for (int row = 0; row < rows; ++row) {
-            lanes value = load(x + row * x_stride, index, LANES, FLOAT32);
-            for (int output = 0; output < outputs; ++output)
-                sum[output][row] += w[output] * value;
-        }
-    }
-    if (whole < inputs)
-        for (int row = 0; row < rows; ++row) {
-            lanes value = load(x + row * x_stride, whole, inputs - whole, FLOAT32);
-            for (int output = 0; output < outputs; ++output)
-                sum[output][row] +=
-                    value * load(weight + output * inputs, whole, inputs - whole, FLOAT32);
-        }
-    for (int row = 0; row < rows; ++row)
-        for (int output = 0; output < outputs; ++output)
-            y[row * y_stride + first + output] =
-                sum_of(sum[output][row]) + (map->bias ? map->bias[first + output] : 0.0f);
-}
-
-/* y = W x + b for the outputs in `part`. */
-static void apply(const linear *map, range part, const float *x, int64_t x_stride, float *y,
-                  int64_t y_stride, int64_t batch)
-{
-    int64_t output = part.begin;
-    for (; output + 4 <= part.end; output += 4) {
-        int64_t row = 0;
-        for (; row + 4 <= batch; row += 4)
-            dot(map, output, 4, x + row * x_stride, x_stride, 4, y + row * y_stride, y_stride);
-        for (; row < batch; ++row)
-            dot(map, output, 4, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride);
-    }
-    for (; output < part.end; ++output)
-        for (int64_t row = 0; row < batch; ++row)
-            dot(map, output, 1, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride);
-}
-
-static void normalise(const norm *norm, const float *x, float *y, int64_t width, int64_t stride,
-                      int64_t batch)
-{
-    for (int64_t row = 0; row < batch; ++row, x += stride, y += stride) {
-        lanes squares = {0};
-        for (int64_t index = 0; index < width; index += LANES) {
-            int count = width - index < LANES ? width - index : LANES;
-            lanes value = load(x, index, count, FLOAT32);
-            squares += value * value;
-        }
-        float factor = 1.0f / sqrtf(sum_of(squares) / width + norm->epsilon);
-        for (int64_t index = 0; index < width; ++index)
-            y[index] = x[index] * factor * (1.0f + norm->scale[index]);
-    }
-}
 
 /* Buffers of a call. x, a, b, c: [B, widest]; logits [B, V]; partial: what `attend_piece` leaves, of
  * each row and piece. Each thread has a `normed` [B, widest] and room for sampling [2, V]. */
@@ -449,95 +350,6 @@ static void mlp_block(const gated_mlp *mlp, const buffers *at, const call *call,
     meet(all);
     apply(&mlp->down, share(mlp->down.outputs, 4, thread, call->threads), at->a, widest, at->c,
           widest, batch);
-}
-
-/* The smallest value that is kept where values are taken from the largest down until their weights
- * (one each, or the values themselves) reach `target`. Moves `values` about. */
-static float threshold(float *values, int64_t count, int by_value, double target)
-{
-    for (;;) {
-        const float a = values[0], b = values[count / 2], c = values[count - 1];
-        const float pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
-        double above = 0.0, equal = 0.0;
-        int64_t larger = 0, same = 0; /* [larger ones | equal ones | smaller ones] */
-        for (int64_t index = 0; index < count; ++index) {
-            const float value = values[index];
-            if (value < pivot)
-                continue;
-            const float smaller = values[larger + same];
-            values[larger + same] = value;
-            values[index] = smaller;
-            if (value == pivot) {
-                ++same;
-                equal += by_value ? value : 1.0;
-                continue;
-            }
-            values[larger + same] = values[larger];
-            values[larger++] = value;
-            above += by_value ? value : 1.0;
-        }
-        if (above >= target && larger) {
-            count = larger;
-        } else if (above + equal >= target || larger + same == count) {
-            return pivot;
-        } else {
-            target -= above + equal;
-            values += larger + same;
-            count -= larger + same;
-        }
-    }
-}
-
-/* A unit by inverting the cumulative distribution; -1 where a logit is not finite. */
-static int64_t sample(const float *logits, int64_t vocabulary, float temperature, int64_t top_k,
-                      float top_p, float uniform, float *weights, float *scratch)
-{
-    int64_t likeliest = 0;
-    for (int64_t unit = 0; unit < vocabulary; ++unit) {
-        if (!isfinite(logits[unit]))
-            return -1;
-        if (logits[unit] > logits[likeliest])
-            likeliest = unit;
-    }
-    if (temperature <= 0.0f)
-        return likeliest;
-    for (int64_t unit = 0; unit < vocabulary; unit += LANES) {
-        int count = vocabulary - unit < LANES ? vocabulary - unit : LANES;
-        lanes value = (load(logits, unit, count, FLOAT32) - logits[likeliest]) / temperature;
-        /* Below its smallest result `exp_lanes` is no exponential: such units have no weight. */
-        value = choose(value < -87.0f, all(0.0f), exp_lanes(value));
-        store(weights, unit, value, count, FLOAT32, CACHE);
-    }
-    float least = 0.0f;
-    if (top_k > 0 && top_k < vocabulary) {
-        memcpy(scratch, weights, vocabulary * sizeof(float));
-        least = threshold(scratch, vocabulary, 0, (double)top_k);
-    }
-    double total = 0.0;
-    int64_t kept = 0;
-    for (int64_t unit = 0; unit < vocabulary; ++unit) {
-        if (weights[unit] < least)
-            continue;
-        total += weights[unit];
-        scratch[kept++] = weights[unit];
-    }
-    if (top_p < 1.0f) {
-        least = threshold(scratch, kept, 1, top_p * total);
-        total = 0.0;
-        for (int64_t unit = 0; unit < vocabulary; ++unit)
-            total += weights[unit] >= least ? weights[unit] : 0.0;
-    }
-    double sum = 0.0;
-    int64_t last = likeliest;
-    for (int64_t unit = 0; unit < vocabulary; ++unit) {
-        if (weights[unit] < least || weights[unit] == 0.0f)
-            continue;
-        sum += weights[unit];
-        last = unit;
-        if (sum > uniform * total)
-            break;
-    }
-    return last;
 }
 
 /* What is drawn at `step` goes through the network; x of all rows is ready after it. */
