@@ -24,7 +24,7 @@ def gate_of(r, rate, begins):
     a = tl.exp(exponent)
     # 1 - a^2 = 1 - exp(-z): near a = 1 by its series, where the difference would lose its digits.
     z = -2.0 * exponent
-    series = 1 / 5040 - z / 40320
+    series = 1 / 5040 - z * (1 / 40320)
     series = z * series - 1 / 720
     series = z * series + 1 / 120
     series = z * series - 1 / 24

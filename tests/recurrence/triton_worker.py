@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from speechssm.recurrence import rg_lru_cuda, scan_cuda
+from speechssm.recurrence.rg_lru_scan import rg_lru_scan
 from speechssm.recurrence.scan_chunked import scan as chunked
 
 # Several chunks and blocks of channels, and few of the sizes a multiple of them.
@@ -109,6 +110,20 @@ def rg_lru(batch, length, width, options: bool, logit_dtype, dtype) -> list[floa
     return compare(ours, exact, arguments)
 
 
+def nearly_closed() -> list[float]:
+    """Where a is near one the derivative of the root is bounded, as in the composed form."""
+    p, x = torch.randn(2, 1, 20, 5)
+    q = torch.linspace(-60, -8, 100).view(1, 20, 5)
+
+    def ours(p, q, x, rate):
+        return rg_lru_cuda.scan(p, q, x, rate, None, None)
+
+    def exact(p, q, x, rate):
+        return rg_lru_scan(p, q, x, rate, backend="reference")
+
+    return compare(ours, exact, [p, q, x, -torch.ones(5)])
+
+
 def repeated(batch, length, width) -> list[float]:
     """How far a second run is from the first: not at all."""
     operands = [torch.randn(batch, length, width, device=DEVICE) for _ in range(3)]
@@ -148,6 +163,7 @@ def main() -> None:
     for x_dtype in (bfloat16, float32):
         errors[f"bfloat16 logits, {x_dtype}"] = rg_lru(2, 33, 5, True, bfloat16, x_dtype)
     errors["bfloat16 scan"] = linear(2, 33, 5, True, bfloat16)
+    errors["nearly closed"] = nearly_closed()
     errors["repeated"] = repeated(1, 40, 5) if DEVICE == "cpu" else repeated(1, 24_000, 2560)
     check_operators()
     print(json.dumps(errors))
