@@ -9,6 +9,7 @@ Legend: B batch, T time, D channels.
 from collections.abc import Callable
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from speechssm.errors import ConfigError
 from speechssm.recurrence import rg_lru_cpu, rg_lru_cuda
@@ -49,6 +50,7 @@ class GateAndInput(torch.autograd.Function):
         return gate_BTD, value_BTD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_gate_BTD, grad_value_BTD):
         i_BTD, r_BTD, x_BTD, rate_D, start_BT1, gate_BTD, multiplier_BTD = ctx.saved_tensors
         grad_x_BTD = (grad_value_BTD * multiplier_BTD).mul_(i_BTD)

@@ -239,6 +239,15 @@ def test_a_rate_that_does_not_fit_is_named_and_one_of_another_dtype_converted():
             rg_lru_scan(p, q, x, wrong, backend="cpu")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+def test_there_is_no_second_derivative_rather_than_a_wrong_one(backend):
+    p, q, x = torch.randn(3, 2, 9, 32, requires_grad=True)
+    states, _ = rg_lru_scan(p, q, x, -torch.rand(32), backend=backend)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula|out="):
+        (grad,) = torch.autograd.grad(states.square().sum(), q, create_graph=True)
+        grad.square().sum().backward()
+
+
 def test_strided_rows_are_read_where_they_lie():
     torch.manual_seed(0)
     wide = torch.rand(2, 40, 3, 24)
