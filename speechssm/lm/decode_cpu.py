@@ -152,6 +152,7 @@ class CpuDecoder:
         self.parameters = tuple(model.parameters())
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
 
+    @torch.inference_mode()
     def follow(self) -> None:
         """Take up weights that have changed in place, as `load_state_dict` changes them.
 
