@@ -25,6 +25,8 @@ SWITCH = "SPEECHSSM_KERNELS"  # "off": use no compiled kernel
 CACHE = "SPEECHSSM_KERNEL_CACHE"
 # No -ffast-math: NaN and infinity must come out as they went in.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+# More of them for some kernels. Decoding: a row has the same bits in every loop that computes it.
+MORE_FLAGS = {"decode": ("-ffp-contract=off",)}
 OPENMP = "-fopenmp"
 TIMEOUT = 120  # seconds
 
@@ -66,7 +68,8 @@ def build(name: str) -> Path:
     source = SOURCES / f"{name}.c"
     command = compiler()
     sources = [source.read_text(), *(path.read_text() for path in sorted(SOURCES.glob("*.h")))]
-    identity = [*sources, *command, *FLAGS, version(command), cpu_capability()]
+    flags = [*FLAGS, *MORE_FLAGS.get(name, ())]
+    identity = [*sources, *command, *flags, version(command), cpu_capability()]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_folder() / f"{name}-{digest}.so"
     if library.is_file():
@@ -76,9 +79,9 @@ def build(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         objects, shared = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         try:
-            run([*command, *FLAGS, "-fPIC", OPENMP, "-c", str(source), "-o", str(objects)])
+            run([*command, *flags, "-fPIC", OPENMP, "-c", str(source), "-o", str(objects)])
         except BuildError:  # a compiler without OpenMP: the kernel runs on one thread
-            run([*command, *FLAGS, "-fPIC", "-c", str(source), "-o", str(objects)])
+            run([*command, *flags, "-fPIC", "-c", str(source), "-o", str(objects)])
         undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
         run([*command, "-shared", *undefined, str(objects), "-o", str(shared), "-lm"])
         os.replace(shared, library)

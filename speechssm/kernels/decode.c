@@ -3,8 +3,9 @@
  * or a call back.
  *
  * A row is computed by the same operations in the same order whatever rows stand beside it and
- * however many threads there are: every sum runs over its terms in one fixed order. Weights are read
- * once for all rows. Threads work on ranges of output features and meet at barriers.
+ * however many threads there are: every sum runs over its terms in one fixed order, and products are
+ * fused into sums where it is written (`multiply_add`) and nowhere else. Weights are read once for
+ * all rows. Threads work on ranges of output features and meet at barriers.
  *
  * Legend: B rows of a call, D width, R width of the recurrence, F width of the gated MLP, N heads,
  * H head width, S slots of the attention ring, V vocabulary.
@@ -12,6 +13,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 
+#include "attend.h"
 #include "dense.h"
 #include "draw.h"
 
@@ -28,14 +30,6 @@ typedef struct {
     float *history, *hidden;   /* [rows, W - 1, R], [rows, R] */
     int64_t filter_width, block_width; /* of the gates' diagonal blocks, [R / block, block, block] */
 } recurrent;
-
-typedef struct {
-    linear query, key, value, output;
-    const float *frequencies; /* [rotated / 2] or null */
-    float *keys, *values;     /* [rows, S, H] */
-    int64_t *position;        /* [rows] */
-    int64_t heads, head_width, slots, rotated;
-} attention;
 
 typedef struct {
     norm before;
@@ -65,9 +59,6 @@ typedef struct call {
     int64_t batch, steps, most_steps, threads;
 } call;
 
-/* Slots of the ring that one thread attends to at a time. */
-#define PIECE 128
-
 /* Threads that wait turn round for a moment before they let others run. */
 typedef struct {
     atomic_int waiting, turn;
@@ -94,13 +85,14 @@ INLINE lanes sigmoid(lanes x) { return 1.0f / (1.0f + exp_lanes(-x)); }
 /* The tanh form: x (1 + tanh z) / 2 = x sigmoid(2 z). */
 INLINE lanes gelu(lanes x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
 
-/* Buffers of a call. x, a, b, c: [B, widest]; logits [B, V]; partial: what `attend_piece` leaves, of
- * each row and piece. Each thread has a `normed` [B, widest] and room for sampling [2, V]. */
+/* Buffers of a call. x, a, b, c: [B, stride]; logits [B, V]; partial: what `attend_piece` leaves, of
+ * each row and piece. Each thread has a `normed` [B, stride] and room for sampling [2, V]. */
 typedef struct {
     float *x, *a, *b, *c, *logits, *partial, *normed, *weights;
 } buffers;
 
-INLINE int64_t pieces_of(int64_t slots) { return (slots + PIECE - 1) / PIECE; }
+/* Of a row in most buffers: whole lanes, so that nothing but weights and states needs care at ends. */
+INLINE int64_t stride_of(const network *net) { return (net->widest + LANES - 1) / LANES * LANES; }
 
 /* Floats of all rows' pieces of the largest attention. */
 static int64_t partial_size(const network *net)
@@ -120,13 +112,13 @@ static int64_t partial_size(const network *net)
 int64_t decode_work(const network *net, int64_t batch, int64_t threads)
 {
     const int64_t vocabulary = net->output.outputs;
-    return batch * ((4 + threads) * net->widest + vocabulary + partial_size(net)) +
+    return batch * ((4 + threads) * stride_of(net) + vocabulary + partial_size(net)) +
            threads * 2 * vocabulary;
 }
 
 static buffers cut(const network *net, const call *call, int64_t thread)
 {
-    const int64_t size = call->batch * net->widest, vocabulary = net->output.outputs;
+    const int64_t size = call->batch * stride_of(net), vocabulary = net->output.outputs;
     buffers at = {.x = call->work};
     at.a = at.x + size;
     at.b = at.a + size;
@@ -138,53 +130,87 @@ static buffers cut(const network *net, const call *call, int64_t thread)
     return at;
 }
 
-/* The RG-LRU for `count` channels that lie in the diagonal block that begins at `first`; x is its
- * input, and `gate` the other branch, which the new state multiplies. */
+/* The RG-LRU for `count` channels that lie in the diagonal block that begins at `first`, and for
+ * `rows` rows (constants where this is called). x is its input, and `gate` the other branch, which the
+ * new state multiplies. */
 INLINE void gated_step(const recurrent *block, int64_t first, int64_t index, int count,
-                       const float *x, float *gate, float *hidden)
+                       const int64_t *states, int rows, const float *x, float *gate, int64_t stride)
 {
-    lanes input = load(block->input_gate_bias, index, count, FLOAT32);
-    lanes decay = load(block->recurrence_gate_bias, index, count, FLOAT32);
     const int64_t width = block->block_width, corner = first * width + index - first;
-    for (int64_t inner = 0; inner < width; ++inner) {
-        const lanes value = all(x[first + inner]);
-        input += value * load(block->input_gate, corner + inner * width, count, FLOAT32);
-        decay += value * load(block->recurrence_gate, corner + inner * width, count, FLOAT32);
+    lanes input[TILE], decay[TILE];
+    for (int row = 0; row < rows; ++row) {
+        input[row] = load(block->input_gate_bias, index, count, FLOAT32);
+        decay[row] = load(block->recurrence_gate_bias, index, count, FLOAT32);
     }
-    const lanes log_gate = sigmoid(decay) * load(block->rate, index, count, FLOAT32);
-    lanes fraction, power = exponential(2.0f * log_gate, &fraction);
-    const lanes below_one = -(power * fraction + (power - 1.0f)); /* 1 - a^2 */
-    const lanes state = exp_lanes(log_gate) * load(hidden, index, count, FLOAT32) +
-                        square_root(below_one) * sigmoid(input) * load(x, index, count, FLOAT32);
-    store(hidden, index, state, count, FLOAT32, CACHE);
-    store(gate, index, state * load(gate, index, count, FLOAT32), count, FLOAT32, CACHE);
+    for (int64_t inner = 0; inner < width; ++inner) {
+        const lanes to_input = load(block->input_gate, corner + inner * width, count, FLOAT32);
+        const lanes to_decay = load(block->recurrence_gate, corner + inner * width, count, FLOAT32);
+        for (int row = 0; row < rows; ++row) {
+            const lanes value = all(x[row * stride + first + inner]);
+            input[row] = multiply_add(value, to_input, input[row]);
+            decay[row] = multiply_add(value, to_decay, decay[row]);
+        }
+    }
+    const lanes rate = load(block->rate, index, count, FLOAT32);
+    for (int row = 0; row < rows; ++row, x += stride, gate += stride) {
+        float *hidden = block->hidden + states[row] * block->input.outputs;
+        const lanes log_gate = sigmoid(decay[row]) * rate;
+        lanes fraction, power = exponential(2.0f * log_gate, &fraction);
+        const lanes below_one = -(power * fraction + (power - 1.0f)); /* 1 - a^2 */
+        const lanes state =
+            exp_lanes(log_gate) * load(hidden, index, count, FLOAT32) +
+            square_root(below_one) * sigmoid(input[row]) * load(x, index, count, FLOAT32);
+        store(hidden, index, state, count, FLOAT32, CACHE);
+        store(gate, index, state * load(gate, index, count, FLOAT32), count, FLOAT32, CACHE);
+    }
+}
+
+/* The same for all rows of a call. */
+INLINE void gated_rows(const recurrent *block, int64_t first, int64_t index, int count,
+                       const call *call, const float *x, float *gate, int64_t stride)
+{
+    int64_t row = 0;
+    for (; row + TILE <= call->batch; row += TILE)
+        gated_step(block, first, index, count, call->rows + row, TILE, x + row * stride,
+                   gate + row * stride, stride);
+    for (; row < call->batch; ++row)
+        gated_step(block, first, index, count, call->rows + row, 1, x + row * stride,
+                   gate + row * stride, stride);
+}
+
+/* One row's causal convolution of `count` channels; its history moves on. */
+INLINE void filter(const recurrent *block, int64_t index, int count, float *past, const float *x,
+                   float *y)
+{
+    const int64_t width = block->input.outputs, history = block->filter_width - 1;
+    const lanes value = load(x, index, count, FLOAT32);
+    lanes sum = multiply_add(load(block->filter + history * width, index, count, FLOAT32), value,
+                             load(block->filter_bias, index, count, FLOAT32));
+    for (int64_t shift = 0; shift < history; ++shift) {
+        const lanes older = load(past + shift * width, index, count, FLOAT32);
+        sum = multiply_add(load(block->filter + shift * width, index, count, FLOAT32), older, sum);
+        if (shift)
+            store(past + (shift - 1) * width, index, older, count, FLOAT32, CACHE);
+    }
+    if (history)
+        store(past + (history - 1) * width, index, value, count, FLOAT32, CACHE);
+    store(y, index, sum, count, FLOAT32, CACHE);
 }
 
 static void recurrent_block(const recurrent *block, const buffers *at, const call *call,
                             int64_t widest, int64_t thread, meeting *all)
 {
     const int64_t batch = call->batch, width = block->input.outputs, history = block->filter_width - 1;
-    range part = share(width, LANES, thread, call->threads);
+    const range part = share(width, LANES, thread, call->threads);
     apply(&block->gate, part, at->normed, widest, at->a, widest, batch);
     apply(&block->input, part, at->normed, widest, at->b, widest, batch);
     for (int64_t row = 0; row < batch; ++row) {
         float *past = block->history + call->rows[row] * history * width;
-        float *x = at->b + row * widest, *gate = at->a + row * widest, *y = at->c + row * widest;
+        const float *x = at->b + row * widest;
+        float *gate = at->a + row * widest, *y = at->c + row * widest;
         for (int64_t index = part.begin; index < part.end; index += LANES) {
-            int count = part.end - index < LANES ? part.end - index : LANES;
-            lanes value = load(x, index, count, FLOAT32);
-            lanes sum = load(block->filter_bias, index, count, FLOAT32) +
-                        load(block->filter + history * width, index, count, FLOAT32) * value;
-            for (int64_t shift = 0; shift < history; ++shift) {
-                lanes older = load(past + shift * width, index, count, FLOAT32);
-                sum += load(block->filter + shift * width, index, count, FLOAT32) * older;
-                lanes newer = shift + 1 < history
-                                  ? load(past + (shift + 1) * width, index, count, FLOAT32)
-                                  : value;
-                store(past + shift * width, index, newer, count, FLOAT32, CACHE);
-            }
-            store(y, index, sum, count, FLOAT32, CACHE);
-            store(gate, index, gelu(load(gate, index, count, FLOAT32)), count, FLOAT32, CACHE);
+            filter(block, index, part.end - index < LANES ? part.end - index : LANES, past, x, y);
+            store(gate, index, gelu(load(gate, index, LANES, FLOAT32)), LANES, FLOAT32, CACHE);
         }
     }
     meet(all);
@@ -192,76 +218,16 @@ static void recurrent_block(const recurrent *block, const buffers *at, const cal
         /* As many lanes as lie in one diagonal block; its weights stay in the cache for all rows. */
         const int64_t first = index / block->block_width * block->block_width;
         const int64_t rest = first + block->block_width - index, left = part.end - index;
-        const int64_t most = rest < left ? rest : left;
-        const int count = most < LANES ? most : LANES;
-        for (int64_t row = 0; row < batch; ++row) {
-            gated_step(block, first, index, count, at->c + row * widest, at->a + row * widest,
-                       block->hidden + call->rows[row] * width);
-        }
-        index += count;
+        const int64_t count = rest < left ? rest : left;
+        if (count >= LANES)
+            gated_rows(block, first, index, LANES, call, at->c, at->a, widest);
+        else
+            gated_rows(block, first, index, count, call, at->c, at->a, widest);
+        index += count < LANES ? count : LANES;
     }
     meet(all);
-    range outputs = share(block->output.outputs, 4, thread, call->threads);
+    range outputs = share(block->output.outputs, TILE, thread, call->threads);
     apply(&block->output, outputs, at->a, widest, at->c, widest, batch);
-}
-
-INLINE void rotate(float *head, const attention *block, int64_t position)
-{
-    const int64_t half = block->rotated / 2;
-    for (int64_t index = 0; index < half; ++index) {
-        float angle = (float)position * block->frequencies[index];
-        float sine = sinf(angle), cosine = cosf(angle);
-        float first = head[index], second = head[half + index];
-        head[index] = first * cosine - second * sine;
-        head[half + index] = second * cosine + first * sine;
-    }
-}
-
-/* All heads over the slots begin ... end - 1 of one row's ring: for each head its largest logit, the
- * sum of exp(logit - largest), and the values weighted so. */
-static void attend_piece(const attention *block, const float *query, const float *keys,
-                         const float *values, int64_t begin, int64_t end, float *partial)
-{
-    const int64_t width = block->head_width, count = end - begin;
-    const float factor = 1.0f / sqrtf((float)width);
-    for (int64_t head = 0; head < block->heads; ++head, partial += width + 2) {
-        float weights[PIECE];
-        float largest = -INFINITY;
-        const float *q = query + head * width;
-        for (int64_t slot = 0; slot < count; ++slot) {
-            const float *key = keys + (begin + slot) * width;
-            lanes sum = {0};
-            for (int64_t index = 0; index < width; index += LANES) {
-                int lanes_left = width - index < LANES ? width - index : LANES;
-                if (lanes_left == LANES)
-                    sum += load(q, index, LANES, FLOAT32) * load(key, index, LANES, FLOAT32);
-                else
-                    sum += load(q, index, lanes_left, FLOAT32) * load(key, index, lanes_left, FLOAT32);
-            }
-            weights[slot] = sum_of(sum) * factor;
-            largest = weights[slot] > largest ? weights[slot] : largest;
-        }
-        lanes total = {0};
-        for (int64_t slot = 0; slot < count; slot += LANES) {
-            int some = count - slot < LANES ? count - slot : LANES;
-            lanes weight = exp_lanes(load(weights, slot, some, FLOAT32) - largest);
-            store(weights, slot, weight, some, FLOAT32, CACHE);
-            total += load(weights, slot, some, FLOAT32);
-        }
-        partial[0] = largest;
-        partial[1] = sum_of(total);
-        for (int64_t index = 0; index < width; index += LANES) {
-            int some = width - index < LANES ? width - index : LANES;
-            lanes sum = {0};
-            if (some == LANES)
-                for (int64_t slot = 0; slot < count; ++slot)
-                    sum += weights[slot] * load(values + (begin + slot) * width, index, LANES, FLOAT32);
-            else
-                for (int64_t slot = 0; slot < count; ++slot)
-                    sum += weights[slot] * load(values + (begin + slot) * width, index, some, FLOAT32);
-            store(partial + 2, index, sum, some, FLOAT32, CACHE);
-        }
-    }
 }
 
 static void attention_block(const attention *block, const buffers *at, const call *call,
@@ -269,30 +235,31 @@ static void attention_block(const attention *block, const buffers *at, const cal
 {
     const int64_t batch = call->batch, width = block->head_width, slots = block->slots;
     const int64_t threads = call->threads, heads = block->heads;
-    apply(&block->query, share(heads * width, 4, thread, threads), at->normed, widest, at->a, widest,
+    apply(&block->query, share(heads * width, TILE, thread, threads), at->normed, widest, at->a, widest,
           batch);
-    range part = share(width, 4, thread, threads);
+    range part = share(width, TILE, thread, threads);
     apply(&block->key, part, at->normed, widest, at->b, widest, batch);
     apply(&block->value, part, at->normed, widest, at->c, widest, batch);
     meet(all);
     for (int64_t row = thread; row < batch; row += threads) {
         const int64_t state = call->rows[row], position = block->position[state];
-        if (block->rotated) {
-            rotate(at->b + row * widest, block, position);
-            for (int64_t head = 0; head < heads; ++head)
-                rotate(at->a + row * widest + head * width, block, position);
-        }
+        /* `normed` is read no more: room for the sines. */
+        if (block->rotated)
+            rotate_row(block, at->a + row * widest, at->b + row * widest, position, at->normed);
         const int64_t slot = (state * slots + position % slots) * width;
         memcpy(block->keys + slot, at->b + row * widest, width * sizeof(float));
         memcpy(block->values + slot, at->c + row * widest, width * sizeof(float));
     }
     meet(all);
     const int64_t pieces = pieces_of(slots), size = heads * (width + 2);
-    for (int64_t row = 0, work = 0; row < batch; ++row) {
-        const int64_t state = call->rows[row], position = block->position[state];
-        const int64_t filled = position + 1 < slots ? position + 1 : slots;
+    int64_t count = 0, work = 0;
+    for (int64_t row = 0; row < batch; ++row)
+        count += pieces_of(filled_slots(block, call->rows[row]));
+    const range mine = share(count, 1, thread, threads);
+    for (int64_t row = 0; row < batch && work < mine.end; ++row) {
+        const int64_t state = call->rows[row], filled = filled_slots(block, state);
         for (int64_t piece = 0; piece < pieces_of(filled); ++piece, ++work) {
-            if (work % threads != thread)
+            if (work < mine.begin || work >= mine.end)
                 continue;
             int64_t begin = piece * PIECE, end = begin + PIECE < filled ? begin + PIECE : filled;
             attend_piece(block, at->a + row * widest, block->keys + state * slots * width,
@@ -301,27 +268,14 @@ static void attention_block(const attention *block, const buffers *at, const cal
         }
     }
     meet(all);
-    for (int64_t work = thread; work < batch * heads; work += threads) {
-        const int64_t row = work / heads, head = work % heads, position = block->position[call->rows[row]];
-        const int64_t used = pieces_of(position + 1 < slots ? position + 1 : slots);
-        const float *partial = at->partial + row * pieces * size + head * (width + 2);
-        float *y = at->b + row * widest + head * width;
-        float largest = -INFINITY, total = 0.0f;
-        for (int64_t piece = 0; piece < used; ++piece)
-            largest = partial[piece * size] > largest ? partial[piece * size] : largest;
-        memset(y, 0, width * sizeof(float));
-        for (int64_t piece = 0; piece < used; ++piece) {
-            const float *from = partial + piece * size;
-            const float weight = expf(from[0] - largest);
-            total += weight * from[1];
-            for (int64_t index = 0; index < width; ++index)
-                y[index] += weight * from[2 + index];
-        }
-        for (int64_t index = 0; index < width; ++index)
-            y[index] /= total;
+    for (int64_t part = thread; part < batch * heads; part += threads) {
+        const int64_t row = part / heads, head = part % heads;
+        const int64_t used = pieces_of(filled_slots(block, call->rows[row]));
+        merge(at->partial + row * pieces * size + head * (width + 2), size, used, width,
+              at->b + row * widest + head * width);
     }
     meet(all);
-    apply(&block->output, share(block->output.outputs, 4, thread, threads), at->b, widest, at->c,
+    apply(&block->output, share(block->output.outputs, TILE, thread, threads), at->b, widest, at->c,
           widest, batch);
 }
 
@@ -342,13 +296,12 @@ static void mlp_block(const gated_mlp *mlp, const buffers *at, const call *call,
     apply(&mlp->up, part, at->normed, widest, at->b, widest, batch);
     for (int64_t row = 0; row < batch; ++row)
         for (int64_t index = part.begin; index < part.end; index += LANES) {
-            int count = part.end - index < LANES ? part.end - index : LANES;
             float *gate = at->a + row * widest, *up = at->b + row * widest;
-            lanes value = gelu(load(gate, index, count, FLOAT32)) * load(up, index, count, FLOAT32);
-            store(gate, index, value, count, FLOAT32, CACHE);
+            lanes value = gelu(load(gate, index, LANES, FLOAT32)) * load(up, index, LANES, FLOAT32);
+            store(gate, index, value, LANES, FLOAT32, CACHE);
         }
     meet(all);
-    apply(&mlp->down, share(mlp->down.outputs, 4, thread, call->threads), at->a, widest, at->c,
+    apply(&mlp->down, share(mlp->down.outputs, TILE, thread, call->threads), at->a, widest, at->c,
           widest, batch);
 }
 
@@ -356,8 +309,8 @@ static void mlp_block(const gated_mlp *mlp, const buffers *at, const call *call,
 static void feed(const network *net, const call *call, const buffers *at, int64_t step,
                  int64_t thread, meeting *all)
 {
-    const int64_t widest = net->widest, width = net->width, batch = call->batch;
-    const range part = share(width, 4, thread, call->threads);
+    const int64_t widest = stride_of(net), width = net->width, batch = call->batch;
+    const range part = share(width, TILE, thread, call->threads);
     for (int64_t row = 0; row < batch; ++row) {
         const int64_t unit = call->drawn[call->rows[row] * call->most_steps + step];
         for (int64_t index = part.begin; index < part.end; ++index)
@@ -383,9 +336,9 @@ static void feed(const network *net, const call *call, const buffers *at, int64_
 static void write_logits(const network *net, const call *call, const buffers *at, int64_t thread)
 {
     const int64_t vocabulary = net->output.outputs;
-    const range part = share(vocabulary, 4, thread, call->threads);
-    normalise(&net->last, at->x, at->normed, net->width, net->widest, call->batch);
-    apply(&net->output, part, at->normed, net->widest, at->logits, vocabulary, call->batch);
+    const range part = share(vocabulary, TILE, thread, call->threads);
+    normalise(&net->last, at->x, at->normed, net->width, stride_of(net), call->batch);
+    apply(&net->output, part, at->normed, stride_of(net), at->logits, vocabulary, call->batch);
     for (int64_t row = 0; row < call->batch; ++row) {
         const float *from = at->logits + row * vocabulary;
         float *to = call->logits + call->rows[row] * vocabulary;

@@ -1,6 +1,7 @@
 /* Dense maps and norms of a few rows, for decoding: weights are read once for all rows, and every sum
  * runs over its terms in one fixed order, whatever rows stand beside and however the outputs are
- * shared between threads.
+ * shared between threads. Products are fused into sums where it is written (`multiply_add`) and, by
+ * the compiler's flags, nowhere else.
  */
 #ifndef DENSE_H
 #define DENSE_H
@@ -8,6 +9,9 @@
 #include <math.h>
 
 #include "lanes.h"
+
+/* Rows, and outputs or vectors of lanes, whose sums are in registers together. */
+#define TILE 4
 
 typedef struct {
     const float *weight; /* [outputs, inputs] */
@@ -45,29 +49,33 @@ INLINE float sum_of(lanes value)
     return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
-/* `outputs` rows of the weight against `rows` inputs; both are constants where this is called. */
+/* `outputs` rows of the weight against `rows` inputs; both are constants where this is called. Of the
+ * weight's rows from `next` on, `ahead` are asked for meanwhile: memory would idle otherwise. */
 INLINE void dot(const linear *map, int64_t first, int outputs, const float *x, int64_t x_stride,
-                int rows, float *y, int64_t y_stride)
+                int rows, float *y, int64_t y_stride, int64_t next, int ahead)
 {
     const int64_t inputs = map->inputs, whole = inputs / LANES * LANES;
     const float *weight = map->weight + first * inputs;
-    lanes sum[4][4] = {{{0}}};
+    lanes sum[TILE][TILE] = {{{0}}};
     for (int64_t index = 0; index < whole; index += LANES) {
-        lanes w[4];
+        lanes w[TILE];
+        for (int row = 0; row < ahead; ++row)
+            prefetch(map->weight, (next + row) * inputs + index, FLOAT32);
         for (int output = 0; output < outputs; ++output)
             w[output] = load(weight + output * inputs, index, LANES, FLOAT32);
         for (int row = 0; row < rows; ++row) {
             lanes value = load(x + row * x_stride, index, LANES, FLOAT32);
             for (int output = 0; output < outputs; ++output)
-                sum[output][row] += w[output] * value;
+                sum[output][row] = multiply_add(w[output], value, sum[output][row]);
         }
     }
     if (whole < inputs)
         for (int row = 0; row < rows; ++row) {
             lanes value = load(x + row * x_stride, whole, inputs - whole, FLOAT32);
-            for (int output = 0; output < outputs; ++output)
-                sum[output][row] +=
-                    value * load(weight + output * inputs, whole, inputs - whole, FLOAT32);
+            for (int output = 0; output < outputs; ++output) {
+                lanes w = load(weight + output * inputs, whole, inputs - whole, FLOAT32);
+                sum[output][row] = multiply_add(w, value, sum[output][row]);
+            }
         }
     for (int row = 0; row < rows; ++row)
         for (int output = 0; output < outputs; ++output)
@@ -75,21 +83,29 @@ INLINE void dot(const linear *map, int64_t first, int outputs, const float *x, i
                 sum_of(sum[output][row]) + (map->bias ? map->bias[first + output] : 0.0f);
 }
 
+/* All rows against `outputs` rows of the weight, which stay in the cache meanwhile. The next ones are
+ * asked for by all tiles of rows together; a single row waits for memory anyhow. */
+INLINE void dot_rows(const linear *map, int64_t first, int outputs, const float *x, int64_t x_stride,
+                     float *y, int64_t y_stride, int64_t batch)
+{
+    const int ahead = batch < 2 * TILE ? TILE : batch < TILE * TILE ? TILE / 2 : 1;
+    int64_t row = 0, next = first + TILE;
+    for (; row + TILE <= batch; row += TILE, next += ahead)
+        dot(map, first, outputs, x + row * x_stride, x_stride, TILE, y + row * y_stride, y_stride,
+            next, ahead);
+    for (; row < batch; ++row)
+        dot(map, first, outputs, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride, 0, 0);
+}
+
 /* y = W x + b for the outputs in `part`. */
 static void apply(const linear *map, range part, const float *x, int64_t x_stride, float *y,
                   int64_t y_stride, int64_t batch)
 {
     int64_t output = part.begin;
-    for (; output + 4 <= part.end; output += 4) {
-        int64_t row = 0;
-        for (; row + 4 <= batch; row += 4)
-            dot(map, output, 4, x + row * x_stride, x_stride, 4, y + row * y_stride, y_stride);
-        for (; row < batch; ++row)
-            dot(map, output, 4, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride);
-    }
+    for (; output + TILE <= part.end; output += TILE)
+        dot_rows(map, output, TILE, x, x_stride, y, y_stride, batch);
     for (; output < part.end; ++output)
-        for (int64_t row = 0; row < batch; ++row)
-            dot(map, output, 1, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride);
+        dot_rows(map, output, 1, x, x_stride, y, y_stride, batch);
 }
 
 static void normalise(const norm *norm, const float *x, float *y, int64_t width, int64_t stride,

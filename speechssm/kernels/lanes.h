@@ -43,7 +43,14 @@ INLINE lanes load(const void *base, int64_t index, int count, enum type type)
 {
     if (type == FLOAT32) {
         lanes value = {0};
-        memcpy(&value, at(base, index, type), count * sizeof(float));
+        if (count == LANES) /* a copy of a size that is not known here would be a call */
+            memcpy(&value, at(base, index, type), sizeof value);
+        else
+#ifdef __AVX512F__
+            value = (lanes)_mm512_maskz_loadu_ps((1u << count) - 1, at(base, index, type));
+#else
+            memcpy(&value, at(base, index, type), count * sizeof(float));
+#endif
         return value;
     }
     halves half = {0};
@@ -88,7 +95,10 @@ INLINE void store(void *base, int64_t index, lanes value, int count, enum type t
         return;
     }
 #endif
-    memcpy(address, &value, count * sizeof(float));
+    if (count == LANES)
+        memcpy(address, &value, sizeof value);
+    else
+        memcpy(address, &value, count * sizeof(float));
 }
 
 /* After the last STREAM store of a thread, before another reads what it wrote. */
@@ -121,6 +131,30 @@ INLINE int64_t ahead(rows rows, enum type type)
 INLINE void prefetch(const void *base, int64_t index, enum type type)
 {
     __builtin_prefetch(at(base, index, type));
+}
+
+/* a b + c, rounded once where the processor can. Written out where the same sum must have the same
+ * bits in several loops: left to itself, the compiler may fuse in one of them and not in another. */
+INLINE lanes multiply_add(lanes a, lanes b, lanes c)
+{
+#if defined(__AVX512F__)
+    return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    __m256 left[2], right[2], sum[2];
+    memcpy(left, &a, sizeof a);
+    memcpy(right, &b, sizeof b);
+    memcpy(sum, &c, sizeof c);
+    for (int half = 0; half < 2; ++half)
+        sum[half] = _mm256_fmadd_ps(left[half], right[half], sum[half]);
+    memcpy(&c, sum, sizeof c);
+    return c;
+#elif defined(__FP_FAST_FMAF)
+    for (int lane = 0; lane < LANES; ++lane)
+        c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+#else
+    return a * b + c;
+#endif
 }
 
 INLINE lanes square_root(lanes value)
