@@ -69,21 +69,34 @@ def build(name: str) -> Path:
     command = compiler()
     sources = [source.read_text(), *(path.read_text() for path in sorted(SOURCES.glob("*.h")))]
     flags = [*FLAGS, *MORE_FLAGS.get(name, ())]
-    identity = [*sources, *command, *flags, version(command), cpu_capability()]
+    identity = [
+        *sources,
+        *command,
+        *flags,
+        version(command),
+        cpu_capability(),
+        *platform.libc_ver(),
+    ]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_folder() / f"{name}-{digest}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
+    undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
     # Compiled under another name and moved: other processes see the whole file or none.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         objects, shared = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        try:
-            run([*command, *flags, "-fPIC", OPENMP, "-c", str(source), "-o", str(objects)])
-        except BuildError:  # a compiler without OpenMP: the kernel runs on one thread
-            run([*command, *flags, "-fPIC", "-c", str(source), "-o", str(objects)])
-        undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-        run([*command, "-shared", *undefined, str(objects), "-o", str(shared), "-lm"])
+        for openmp in ([OPENMP], []):  # without it a kernel runs on one thread
+            try:
+                run([*command, *flags, *openmp, "-fPIC", "-c", str(source), "-o", str(objects)])
+                run([*command, "-shared", *undefined, str(objects), "-o", str(shared), "-lm"])
+                ctypes.CDLL(str(shared))  # some compilers need an OpenMP runtime of their own
+                break
+            except (BuildError, OSError):
+                if not openmp:
+                    raise
+        with shared.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(shared, library)
     return library
 

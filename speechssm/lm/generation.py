@@ -53,10 +53,10 @@ def generate_units(
         )
     if prompt_units_BT is None:
         prompt_units_BT = np.zeros((batch_size, 0), dtype=np.int64)
-    prompt_BT = np.asarray(prompt_units_BT)
+    prompt_BT = torch.as_tensor(prompt_units_BT).cpu().numpy()
     if prompt_BT.ndim != 2:
         raise ConfigError(f"prompt of shape {prompt_BT.shape}: [B, T] is needed")
-    temperatures = np.asarray(temperature, dtype=np.float32)
+    temperatures = torch.as_tensor(temperature, dtype=torch.float32).cpu().numpy()
     if temperatures.shape not in ((), (len(prompt_BT),)):
         raise ConfigError(
             f"temperature={temperatures.tolist()}: one for all {len(prompt_BT)} rows or one each"
@@ -113,7 +113,10 @@ def decode(
             if stream.max_units is None:
                 raise ConfigError(f"stream {index} has no max_units: it would never end")
             row = free.pop(0)
-            engine.start(row, stream)
+            try:
+                engine.start(row, stream)
+            except ConfigError as error:
+                raise ConfigError(f"stream {index}: {error}") from error
             running[row] = (index, [], stream.max_units)
         if not running:
             return
