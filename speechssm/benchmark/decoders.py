@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from speechssm.lm.backbone import LanguageModel, LanguageModelState
-from speechssm.lm.engine import DecodeEngine, Stream, copy_state
-from speechssm.nn.state import state_bytes
+from speechssm.lm.engine import DecodeEngine, Stream
+from speechssm.nn.state import copy_state, state_bytes
 
 
 class Decoding:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from speechssm.lm.backbone import LanguageModel, LanguageModelState
-from speechssm.lm.engine import tensors_of
+from speechssm.nn.state import tensors_of
 
 CHUNK = 512
 

@@ -38,6 +38,16 @@ class ResidualBlock(nn.Module):
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
 
+    def step(self, x_B1D, state):
+        """`forward` of one token; the state may be used up (see `LanguageModel.step`)."""
+        normed_B1D = self.temporal_norm(x_B1D)
+        if hasattr(self.temporal, "step"):
+            y_B1D, state = self.temporal.step(normed_B1D, state)
+        else:
+            y_B1D, state = self.temporal(normed_B1D, None, state)
+        x_B1D = x_B1D + y_B1D
+        return x_B1D + self.mlp(self.mlp_norm(x_B1D)), state
+
 
 class LanguageModel(nn.Module):
     """Units in, hidden vectors and unit logits out, with state as data.
@@ -50,7 +60,8 @@ class LanguageModel(nn.Module):
         vocab_size: V.
         width: D.
         temporal_blocks: one sequence mixer per layer, each with `initial_state` and
-            `forward(x_BTD, document_start_BT, state) -> (x_BTD, state)`.
+            `forward(x_BTD, document_start_BT, state) -> (x_BTD, state)`; a large state calls for
+            `step(x_B1D, state)` too, which may write into the state it is given.
         mlp_width: of the gated MLP, per branch.
         mlp_bias: whether the MLP's projections have biases.
         logits_soft_cap: logits become cap * tanh(logits / cap); None leaves them.
@@ -191,9 +202,15 @@ class LanguageModel(nn.Module):
     ) -> tuple[torch.Tensor, LanguageModelState]:
         """`forward` of one token per row, without checks that would wait for a device.
 
-        Ids in 0 ... V, and no more of them than `position_limit`, are for the caller to see to.
+        The state that is given is used up: the one returned may lie in its memory. Ids in
+        0 ... V, and no more of them than `position_limit`, are for the caller to see to.
         """
-        return LanguageModel.forward(self, tokens_B1, None, state)
+        x_B1D = nn.functional.embedding(tokens_B1, self.embedding) * self.embedding_scale
+        states = []
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            x_B1D, block_state = block.step(x_B1D, block_state)
+            states.append(block_state)
+        return self.final_norm(x_B1D), LanguageModelState(tuple(states))
 
     def position_limit(self, state: LanguageModelState) -> int | None:
         """How many tokens a document can have with this state; None where there is no limit."""

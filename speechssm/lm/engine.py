@@ -3,22 +3,23 @@
 A `DecodeEngine` has a fixed number of rows. Streams are started in rows, go on together, end at
 different times and are replaced by others. All memory is allocated when the engine is made: the
 state of every row, logits, what is drawn. On a CPU in float32 a step is one call of a C kernel
-(`decode_cpu`), on a GPU one replay of a CUDA graph, elsewhere the model's own `forward`.
+(`decode_cpu`), on a GPU one replay of a CUDA graph, elsewhere the model's own `step`
+(`decode_torch`).
 
 Legend: B rows, N units of a call, T time, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from speechssm.errors import ConfigError
-from speechssm.lm.backbone import LanguageModel, LanguageModelState
+from speechssm.lm.backbone import LanguageModel
 from speechssm.lm.decode_cpu import CpuDecoder, can_decode
-from speechssm.lm.sampling import check_units, sample
-from speechssm.nn.state import map_state
+from speechssm.lm.decode_torch import TorchDecoder
+from speechssm.lm.sampling import check_units
+from speechssm.nn.state import copy_row
 
 PREFILL_CHUNK = 512
 MOST_STEPS = 64  # of one call of the decoder; longer ones are cut
@@ -83,6 +84,8 @@ class DecodeEngine:
         max_positions: longest stream to come, in tokens (`Stream.positions`); only full attention
             needs it, and takes the model's own `max_positions` by default.
         prefill_chunk: tokens of a prompt per forward pass.
+        compiled: where PyTorch computes the step, put it through `torch.compile`: on a GPU the
+            many small kernels of a step become few, after a minute of compiling.
 
     Raises:
         ConfigError: sizes below one.
@@ -95,6 +98,7 @@ class DecodeEngine:
         *,
         max_positions: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        compiled: bool = False,
     ):
         if rows < 1 or prefill_chunk < 1:
             raise ConfigError(f"rows={rows}, prefill_chunk={prefill_chunk}: each at least 1")
@@ -121,20 +125,22 @@ class DecodeEngine:
                     model, self.state, self.logits_BV
                 )
             else:
-                self.decoder = TorchDecoder(model, self.state, self.logits_BV)
+                self.decoder = TorchDecoder(model, self.state, self.logits_BV, MOST_STEPS, compiled)
 
     @torch.inference_mode()
     def start(self, row: int, stream: Stream) -> None:
         """Feed BOS and the prompt of a stream, alone and in chunks, and put it into a row.
 
         Raises:
-            ConfigError: no such row, one that is taken, an impossible stream, a prompt that the
-                cache of full attention has no room for, or weights that have moved.
+            ConfigError: no such row, one that is taken, an impossible stream, a prompt and
+                `max_units` that the cache of full attention has no room for, or weights that have
+                moved.
         """
         if not 0 <= row < self.rows or row in self.streams:
             state = "is taken" if row in self.streams else f"is not in 0 ... {self.rows - 1}"
             raise ConfigError(f"row {row} {state}: stop it, or choose another")
         stream.check(self.model.vocab_size)
+        self._check_room(stream.positions or 1 + len(stream.prompt))
         prompt_T = torch.from_numpy(np.asarray(stream.prompt).astype(np.int64))
         tokens_1T = torch.cat([torch.tensor([self.model.bos_id]), prompt_T])[None].to(self.device)
         self.decoder.follow()
@@ -168,17 +174,20 @@ class DecodeEngine:
             raise ConfigError(f"step({count}) with {len(self.streams)} streams: each at least 1")
         rows = sorted(self.streams)
         needed = max(self.fed[row] for row in rows) + count
-        if self.room is not None and needed > self.room:
-            raise ConfigError(
-                f"the Transformer's cache has {self.room} positions and {needed} are needed: raise "
-                "max_positions, or use Griffin, whose state does not grow"
-            )
+        self._check_room(needed)
         pieces = []
         while count:
             piece = min(count, MOST_STEPS)
             pieces.append(self._steps(rows, piece))
             count -= piece
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+
+    def _check_room(self, needed: int) -> None:
+        if self.room is not None and needed > self.room:
+            raise ConfigError(
+                f"the Transformer's cache has {self.room} positions and {needed} are needed: raise "
+                "max_positions, or use Griffin, whose state does not grow"
+            )
 
     @torch.inference_mode()
     def _steps(self, rows: list[int], count: int) -> np.ndarray:
@@ -204,86 +213,3 @@ class DecodeEngine:
                 "or choose an earlier checkpoint"
             )
         return self.drawn_BN[:, :count].numpy().copy()
-
-
-class TorchDecoder:
-    """The step by the model's own `forward`: any dtype and device; a CUDA graph on a GPU.
-
-    Every row is computed, also those without a stream: the shapes never change. See `CpuDecoder`
-    for the arguments.
-    """
-
-    def __init__(self, model: LanguageModel, state: LanguageModelState, logits_BV: torch.Tensor):
-        self.model = model
-        self.state = state
-        self.logits_BV = logits_BV
-        self.uniform_B = torch.zeros(len(logits_BV), device=logits_BV.device)
-        self.drawn_B = torch.zeros(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
-        self.use_graph = logits_BV.device.type == "cuda"
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-
-    def follow(self) -> None:
-        """Nothing to do: the model's weights are read where they are."""
-
-    def one(self, temperature_B, top_k_B, top_p_B) -> None:
-        """Draw one unit for every row and feed it in; buffers in, buffers out."""
-        drawn_B = sample(self.logits_BV, self.uniform_B, temperature_B, top_k_B, top_p_B)
-        self.drawn_B.copy_(drawn_B)
-        hidden_B1D, state = self.model.step(drawn_B[:, None], self.state)
-        copy_state(state, self.state)
-        self.logits_BV.copy_(self.model.logits(hidden_B1D[:, 0]))
-
-    def graph(self, limited: bool, *settings: torch.Tensor | None) -> torch.cuda.CUDAGraph:
-        """The captured step. Warming up and capturing draw units, so the buffers are put back."""
-        kept = map_state(torch.clone, self.state), self.logits_BV.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.one(*settings)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.one(*settings)
-        copy_state(kept[0], self.state)
-        self.logits_BV.copy_(kept[1])
-        return self.graphs.setdefault(limited, graph)
-
-    def run(self, rows_B, steps, uniforms_BN, drawn_BN, temperature_B, top_k_B, top_p_B) -> bool:
-        limited = bool((top_k_B > 0).any() or (top_p_B < 1).any())
-        settings = (temperature_B, *((top_k_B, top_p_B) if limited else (None, None)))
-        uniforms_NB = uniforms_BN[:, :steps].T.to(self.logits_BV.device)
-        graph = None
-        if self.use_graph:
-            graph = self.graphs.get(limited) or self.graph(limited, *settings)
-        drawn = []
-        for uniform_B in uniforms_NB:
-            self.uniform_B.copy_(uniform_B)
-            if graph is None:
-                self.one(*settings)
-            else:
-                graph.replay()
-            drawn.append(self.drawn_B.clone())
-        drawn_BN[rows_B, :steps] = torch.stack(drawn, dim=1).cpu()[rows_B]
-        return bool(self.logits_BV[rows_B].isfinite().all())
-
-
-def copy_state(source: LanguageModelState, target: LanguageModelState) -> None:
-    """Every tensor of `source` into the one in its place."""
-    for theirs, ours in zip(tensors_of(source), tensors_of(target), strict=True):
-        ours.copy_(theirs)
-
-
-def copy_row(source: LanguageModelState, target: LanguageModelState, row: int) -> None:
-    """The only row of `source` into `row` of `target`."""
-    for theirs, ours in zip(tensors_of(source), tensors_of(target), strict=True):
-        ours[row].copy_(theirs[0])
-
-
-def tensors_of(state: object) -> Iterator[torch.Tensor]:
-    """All tensors of a state, in order."""
-    if isinstance(state, torch.Tensor):
-        yield state
-        return
-    for part in state:
-        yield from tensors_of(part)

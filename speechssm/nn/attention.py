@@ -138,6 +138,29 @@ class MultiQueryAttention(nn.Module):
             attended_BTNH, state = attend(query_BTNH, key_BTH, value_BTH, document_start_BT, state)
         return self.output(attended_BTNH.flatten(2).to(x_BTD.dtype)), state
 
+    def step(
+        self, x_B1D: torch.Tensor, state: AttentionState
+    ) -> tuple[torch.Tensor, AttentionState]:
+        """`forward` of one token that starts no document, writing into the memory of `state`.
+
+        `forward` leaves the state that it is given as it is, at the price of a copy of the ring.
+        """
+        query_B1NH = self.query(x_B1D).unflatten(-1, (self.num_heads, self.head_width))
+        key_B1H, value_B1H = self.key(x_B1D), self.value(x_B1D)
+        if self.positions == "rotary":
+            position_B1 = state.position_B[:, None]
+            query_B1NH = apply_rotary(query_B1NH, position_B1, self.rotary_fraction)
+            key_B1H = apply_rotary(key_B1H.unsqueeze(2), position_B1, self.rotary_fraction).squeeze(
+                2
+            )
+        slots = state.keys_BWH.shape[1]
+        index_B1H = state.position_B.remainder(slots)[:, None, None].expand_as(key_B1H)
+        state.keys_BWH.scatter_(1, index_B1H, key_B1H.to(state.keys_BWH.dtype))
+        state.values_BWH.scatter_(1, index_B1H, value_B1H.to(state.keys_BWH.dtype))
+        attended_B1NH = self._attend_ring(query_B1NH, state)
+        state.position_B.add_(1)
+        return self.output(attended_B1NH.flatten(2).to(x_B1D.dtype)), state
+
     def _positions(self, x_BTD, document_start_BT, state) -> torch.Tensor:
         if document_start_BT is None:
             document_start_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool)
@@ -179,17 +202,26 @@ class MultiQueryAttention(nn.Module):
         if document_start_B1 is not None:
             position_B = torch.where(document_start_B1[:, 0], 0, position_B)
         slots = state.keys_BWH.shape[1]
-        slot_W = torch.arange(slots, device=key_B1H.device)
         index_B1H = position_B.remainder(slots)[:, None, None].expand_as(key_B1H)
-        keys_BWH = state.keys_BWH.scatter(1, index_B1H, key_B1H)
-        values_BWH = state.values_BWH.scatter(1, index_B1H, value_B1H)
+        state = AttentionState(
+            state.keys_BWH.scatter(1, index_B1H, key_B1H),
+            state.values_BWH.scatter(1, index_B1H, value_B1H),
+            position_B,
+        )
+        attended_B1NH = self._attend_ring(query_B1NH, state)
+        return attended_B1NH, state._replace(position_B=position_B + 1)
+
+    def _attend_ring(self, query_B1NH: torch.Tensor, state: AttentionState) -> torch.Tensor:
+        """Over a ring in which the token at `position_B` has its slot already."""
+        keys_BWH, values_BWH, position_B = state
+        slot_W = torch.arange(keys_BWH.shape[1], device=keys_BWH.device)
         # Slots fill in order, so those up to `position` hold something of this document.
         empty_B1W = (slot_W > position_B[:, None]).unsqueeze(1)
         query_BNH = query_B1NH.squeeze(1).to(keys_BWH.dtype)
         logits_BNW = (query_BNH @ keys_BWH.mT).float() / math.sqrt(self.head_width)
         weights_BNW = logits_BNW.masked_fill(empty_B1W, -math.inf).softmax(-1)
         attended_BNH = weights_BNW.to(values_BWH.dtype) @ values_BWH
-        return attended_BNH.unsqueeze(1), AttentionState(keys_BWH, values_BWH, position_B + 1)
+        return attended_BNH.unsqueeze(1)
 
 
 def _rows(tensor_BSH: torch.Tensor, index_BW: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ Every initial state in this package is all zeros, which is what makes `reset_row
 all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -29,8 +29,28 @@ def reset_rows(state: State, mask_B: torch.Tensor) -> State:
     return map_state(reset, state)
 
 
+def tensors_of(state: object) -> Iterator[torch.Tensor]:
+    """All tensors of a state, in order."""
+    if isinstance(state, torch.Tensor):
+        yield state
+        return
+    for part in state:
+        yield from tensors_of(part)
+
+
+def copy_state(source: State, target: State) -> None:
+    """Every tensor of `source` into the one in its place; nothing to do where they are the same."""
+    for theirs, ours in zip(tensors_of(source), tensors_of(target), strict=True):
+        if theirs is not ours:
+            ours.copy_(theirs)
+
+
+def copy_row(source: State, target: State, row: int) -> None:
+    """The only row of `source` into `row` of `target`."""
+    for theirs, ours in zip(tensors_of(source), tensors_of(target), strict=True):
+        ours[row].copy_(theirs[0])
+
+
 def state_bytes(state: object) -> int:
     """Bytes of all tensors of a state."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    return sum(state_bytes(part) for part in state)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))

@@ -12,8 +12,7 @@ from speechssm.benchmark.lm_decode_results import Found, Point, decode_goals, se
 from speechssm.benchmark.peers import recurrent_gemma
 from speechssm.benchmark.positions import fit_state, states_at
 from speechssm.errors import ConfigError
-from speechssm.lm.engine import tensors_of
-from speechssm.nn.state import state_bytes
+from speechssm.nn.state import state_bytes, tensors_of
 from speechssm.report.bench_figures import throughput_ratio
 from speechssm.report.rows import read_rows
 

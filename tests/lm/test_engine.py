@@ -1,6 +1,7 @@
 """The decode engine: streams side by side, and the C kernel against the model's own forward."""
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from speechssm.errors import ConfigError
 from speechssm.kernels.build import load_library
 from speechssm.lm import engine as engine_module
 from speechssm.lm.decode_cpu import CpuDecoder, can_decode
-from speechssm.lm.engine import DecodeEngine, Stream, TorchDecoder, tensors_of
+from speechssm.lm.decode_torch import TorchDecoder
+from speechssm.lm.engine import DecodeEngine, Stream
 from speechssm.lm.generation import decode, generate_units
 from speechssm.lm.griffin import Griffin
-from speechssm.lm.sampling import sample
 from speechssm.lm.transformer import Transformer
+from speechssm.nn.state import tensors_of
 
 UNITS = 37
 # Sizes that are no multiples of the kernel's sixteen lanes, and every option of both models.
@@ -164,80 +166,6 @@ def test_without_the_kernel_the_models_forward_decodes_the_same_streams(monkeypa
     assert np.array_equal(together, expected)
 
 
-@pytest.mark.parametrize("limits", [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.5), (1, 1.0), (0, 1e-6)])
-@needs_kernel
-@torch.inference_mode()
-def test_draws_of_the_kernel_are_those_of_torch(limits):
-    """Both invert the same cumulative distribution, so they agree but at its very corners."""
-    torch.manual_seed(1)
-    rows = 500
-    model = Griffin(UNITS, 16, 1, 2, window=4).eval()
-    decoding = DecodeEngine(model, rows)
-    logits = 3 * torch.randn(rows, UNITS)
-    logits[::7, 3] = logits[::7, 5]  # ties
-    decoding.logits_BV.copy_(logits)
-    uniform = torch.rand(rows, 64)
-    drawn = torch.zeros(rows, 64, dtype=torch.int64)
-    temperature = torch.full((rows,), 0.8)
-    top_k = torch.full((rows,), limits[0])
-    top_p = torch.full((rows,), limits[1])
-    assert decoding.decoder.run(torch.arange(rows), 1, uniform, drawn, temperature, top_k, top_p)
-    expected = sample(logits, uniform[:, 0], 0.8, top_k, top_p)
-    assert (drawn[:, 0] == expected).float().mean() > 0.995
-    kept = sample_support(logits / 0.8, *limits)
-    assert kept[torch.arange(rows), drawn[:, 0]].all()
-
-
-@needs_kernel
-@torch.inference_mode()
-def test_a_unit_without_weight_is_not_drawn_at_the_very_first_number():
-    decoding = DecodeEngine(Griffin(UNITS, 16, 1, 2, window=4).eval(), 1)
-    decoding.logits_BV.fill_(-1000.0)[0, 20] = 5.0
-    zeros = torch.zeros(1, 64)
-    assert sample(decoding.logits_BV, zeros[:, 0]) == 20
-    drawn = torch.zeros(1, 64, dtype=torch.int64)
-    no_limit = torch.zeros(1, dtype=torch.int64)
-    decoding.decoder.run(torch.arange(1), 1, zeros, drawn, torch.ones(1), no_limit, torch.ones(1))
-    assert drawn[0, 0] == 20
-
-
-def sample_support(logits, top_k, top_p):
-    """By definition, unit by unit: which may be drawn."""
-    kept = torch.zeros_like(logits, dtype=torch.bool)
-    for row, weights in enumerate(logits.double().softmax(-1)):
-        order = weights.argsort(descending=True).tolist()
-        if top_k:
-            order = [
-                unit for unit in order if weights[unit] >= weights[order[top_k - 1]] * 0.999999
-            ]
-        total, reached, chosen = weights[order].sum(), 0.0, []
-        for unit in order:
-            if reached < top_p * total or weights[unit] >= weights[chosen[-1]] * 0.999999:
-                chosen.append(unit)
-            reached += weights[unit]
-        kept[row, chosen] = True
-    return kept
-
-
-@needs_kernel
-@torch.inference_mode()
-def test_limited_draws_have_the_distribution_of_the_kept_units():
-    model = Griffin(UNITS, 16, 1, 2, window=4).eval()
-    rows = 4000
-    decoding = DecodeEngine(model, rows)
-    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1] + [1e-9] * (UNITS - 4)))
-    decoding.logits_BV.copy_(logits.expand(rows, -1))
-    drawn = torch.zeros(rows, 64, dtype=torch.int64)
-    uniform = torch.rand(rows, 64, generator=torch.Generator().manual_seed(0))
-    ones = torch.ones(rows)
-    limit = torch.full((rows,), 3)
-    decoding.decoder.run(torch.arange(rows), 1, uniform, drawn, ones, limit, 0.75 * ones)
-    # Of the three most likely (0.9 together), the two that reach 0.75 of that: 4/7 and 3/7.
-    shares = torch.bincount(drawn[:, 0], minlength=UNITS) / rows
-    assert shares[2:].sum() == 0
-    assert abs(shares[0] - 4 / 7) < 0.03
-
-
 @needs_kernel
 def test_steps_allocate_nothing():
     decoding = DecodeEngine(build("griffin"), 4)
@@ -376,9 +304,11 @@ def test_a_model_that_computes_something_else_is_left_to_its_own_forward(change)
     assert not can_decode(model)
 
 
-@needs_kernel
+@pytest.mark.parametrize("kernel", [True, False])
 @torch.inference_mode()
-def test_a_broken_row_stops_all_streams_of_the_call():
+def test_a_broken_row_stops_all_streams_of_the_call(monkeypatch, kernel):
+    if not kernel:
+        monkeypatch.setattr(engine_module, "can_decode", lambda model: False)
     decoding = DecodeEngine(build("griffin"), 2)
     for row in range(2):
         decoding.start(row, Stream(seed=row))
@@ -406,6 +336,85 @@ def test_a_full_cache_and_broken_weights_are_named(monkeypatch, kernel):
     decoding.start(0, Stream())
     with pytest.raises(ConfigError, match="not finite"):
         decoding.step(5)
+
+
+def test_logits_that_are_broken_for_one_step_are_noticed_after_the_last(monkeypatch):
+    monkeypatch.setattr(engine_module, "can_decode", lambda model: False)
+    model = build("griffin")
+    decoding = DecodeEngine(model, 2)
+    for row in range(2):
+        decoding.start(row, Stream(seed=row))
+    logits, calls = model.logits, []
+
+    def broken_once(hidden):
+        calls.append(1)
+        return logits(hidden) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(model, "logits", broken_once)
+    with pytest.raises(ConfigError, match="not finite"):
+        decoding.step(10)
+
+
+def test_a_stream_that_the_cache_has_no_room_for_is_named_before_it_begins():
+    decoding = DecodeEngine(build("transformer"), 1, max_positions=20)
+    with pytest.raises(ConfigError, match="20 positions and 21 are needed"):
+        decoding.start(0, Stream(prompt(0, 9), max_units=11))
+    decoding.start(0, Stream(prompt(0, 9), max_units=10))
+
+
+def test_the_stream_that_cannot_be_decoded_is_named():
+    with pytest.raises(ConfigError, match="stream 1: top_k=-1"):
+        list(decode(build("griffin"), [Stream(max_units=3), Stream(max_units=3, top_k=-1)], 1))
+
+
+@torch.inference_mode()
+def test_a_step_is_forward_but_writes_into_the_rings_it_is_given(model):
+    state = model.initial_state(3, max_positions=400)
+    tokens = torch.randint(UNITS, (3, 20))
+    _, state = model(tokens, None, state)
+    rings = [tensor for tensor in tensors_of(state) if tensor.dim() == 3 and tensor.shape[1] > 5]
+    addresses = [ring.data_ptr() for ring in rings]
+    for _ in range(200):
+        tokens = torch.randint(UNITS, (3, 1))
+        expected, expected_state = model(tokens, None, state)
+        hidden, state = model.step(tokens, state)
+        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+        for ours, theirs in zip(tensors_of(state), tensors_of(expected_state), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    known = {tensor.data_ptr() for tensor in tensors_of(state)}
+    assert known.issuperset(addresses)
+
+
+@torch.inference_mode()
+def test_bfloat16_decodes_what_its_forward_says():
+    model = build("griffin").bfloat16()
+    assert not can_decode(model)
+    decoding = DecodeEngine(model, 1)
+    decoding.start(0, Stream(prompt(0, 12), temperature=0.0))
+    units = decoding.step(100)
+    tokens = torch.tensor([[model.bos_id, *prompt(0, 12)]])
+    hidden, state = model(tokens, tokens == model.bos_id, model.initial_state(1))
+    for unit in units[0]:
+        assert unit == model.logits(hidden[0, -1]).argmax()
+        hidden, state = model(torch.tensor([[unit]]), None, state)
+    assert {tensor.dtype for tensor in tensors_of(decoding.state)} == {
+        tensor.dtype for tensor in tensors_of(state)
+    }
+
+
+def test_a_compiled_step_decodes_the_same_streams(monkeypatch):
+    monkeypatch.setattr(engine_module, "can_decode", lambda model: False)
+    # Captured and made functional as on a GPU, but no code is generated: that takes half a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    model = Griffin(UNITS, 16, 2, 2, window=7, block_pattern=("recurrent", "attention")).eval()
+    results = []
+    for compiled in (False, True):
+        decoding = DecodeEngine(model, 2, compiled=compiled)
+        for row in range(2):
+            decoding.start(row, Stream(prompt(row, 5), seed=row))
+        results.append(np.concatenate([decoding.step(12), decoding.step(9)], axis=1))
+    assert np.array_equal(*results)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,13 +7,19 @@ import pytest
 import torch
 
 from speechssm.errors import ConfigError
+from speechssm.kernels.build import load_library
+from speechssm.lm.engine import DecodeEngine
 from speechssm.lm.generation import generate_units
 from speechssm.lm.griffin import Griffin
 from speechssm.lm.sampling import sample
 from speechssm.lm.transformer import Transformer
 from speechssm.nn.state import state_bytes
 
-VOCABULARY = 11
+VOCABULARY = 37
+
+needs_kernel = pytest.mark.skipif(
+    load_library("decode") is None, reason="the kernel cannot be built here"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,80 @@ def test_temperature_is_per_row_and_zero_takes_the_most_likely():
     logits = torch.tensor([[0.0, 1.0]]).expand(2, 2)
     drawn = sample(logits, torch.tensor([0.1, 0.1]), torch.tensor([0.0, 1.0]))
     assert drawn.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("limits", [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.5), (1, 1.0), (0, 1e-6)])
+@needs_kernel
+@torch.inference_mode()
+def test_draws_of_the_kernel_are_those_of_torch(limits):
+    """Both invert the same cumulative distribution, so they agree but at its very corners."""
+    torch.manual_seed(1)
+    rows = 500
+    model = Griffin(VOCABULARY, 16, 1, 2, window=4).eval()
+    decoding = DecodeEngine(model, rows)
+    logits = 3 * torch.randn(rows, VOCABULARY)
+    logits[::7, 3] = logits[::7, 5]  # ties
+    decoding.logits_BV.copy_(logits)
+    uniform = torch.rand(rows, 64)
+    drawn = torch.zeros(rows, 64, dtype=torch.int64)
+    temperature = torch.full((rows,), 0.8)
+    top_k = torch.full((rows,), limits[0])
+    top_p = torch.full((rows,), limits[1])
+    assert decoding.decoder.run(torch.arange(rows), 1, uniform, drawn, temperature, top_k, top_p)
+    expected = sample(logits, uniform[:, 0], 0.8, top_k, top_p)
+    assert (drawn[:, 0] == expected).float().mean() > 0.995
+    kept = sample_support(logits / 0.8, *limits)
+    assert kept[torch.arange(rows), drawn[:, 0]].all()
+
+
+@needs_kernel
+@torch.inference_mode()
+def test_a_unit_without_weight_is_not_drawn_at_the_very_first_number():
+    decoding = DecodeEngine(Griffin(VOCABULARY, 16, 1, 2, window=4).eval(), 1)
+    decoding.logits_BV.fill_(-1000.0)[0, 20] = 5.0
+    zeros = torch.zeros(1, 64)
+    assert sample(decoding.logits_BV, zeros[:, 0]) == 20
+    drawn = torch.zeros(1, 64, dtype=torch.int64)
+    no_limit = torch.zeros(1, dtype=torch.int64)
+    decoding.decoder.run(torch.arange(1), 1, zeros, drawn, torch.ones(1), no_limit, torch.ones(1))
+    assert drawn[0, 0] == 20
+
+
+def sample_support(logits, top_k, top_p):
+    """By definition, unit by unit: which may be drawn."""
+    kept = torch.zeros_like(logits, dtype=torch.bool)
+    for row, weights in enumerate(logits.double().softmax(-1)):
+        order = weights.argsort(descending=True).tolist()
+        if top_k:
+            order = [
+                unit for unit in order if weights[unit] >= weights[order[top_k - 1]] * 0.999999
+            ]
+        total, reached, chosen = weights[order].sum(), 0.0, []
+        for unit in order:
+            if reached < top_p * total or weights[unit] >= weights[chosen[-1]] * 0.999999:
+                chosen.append(unit)
+            reached += weights[unit]
+        kept[row, chosen] = True
+    return kept
+
+
+@needs_kernel
+@torch.inference_mode()
+def test_limited_draws_have_the_distribution_of_the_kept_units():
+    model = Griffin(VOCABULARY, 16, 1, 2, window=4).eval()
+    rows = 4000
+    decoding = DecodeEngine(model, rows)
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1] + [1e-9] * (VOCABULARY - 4)))
+    decoding.logits_BV.copy_(logits.expand(rows, -1))
+    drawn = torch.zeros(rows, 64, dtype=torch.int64)
+    uniform = torch.rand(rows, 64, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(rows)
+    limit = torch.full((rows,), 3)
+    decoding.decoder.run(torch.arange(rows), 1, uniform, drawn, ones, limit, 0.75 * ones)
+    # Of the three most likely (0.9 together), the two that reach 0.75 of that: 4/7 and 3/7.
+    shares = torch.bincount(drawn[:, 0], minlength=VOCABULARY) / rows
+    assert shares[2:].sum() == 0
+    assert abs(shares[0] - 4 / 7) < 0.03
 
 
 def test_bos_is_never_sampled_even_when_it_would_be_the_likeliest(model):
@@ -118,7 +198,7 @@ def test_broken_weights_are_reported():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_units_BT": np.array([[0, VOCABULARY]])}, "from 0 to 11 do not fit"),
+        ({"prompt_units_BT": np.array([[0, VOCABULARY]])}, "from 0 to 37 do not fit"),
         ({"prompt_units_BT": np.array([0, 1])}, r"\[B, T\] is needed"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": [1.0, 0.5]}, "one for all 1 rows"),
