@@ -10,7 +10,7 @@ EVERYWHERE = {"errors", "fingerprint"}
 ALLOWED = {
     "audio": set(),
     "kernels": set(),
-    "nn": set(),
+    "nn": {"kernels"},
     "recurrence": {"kernels", "nn"},
     "tokenizer": {"audio", "nn"},
     "lm": {"kernels", "nn", "recurrence"},

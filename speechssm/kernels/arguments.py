@@ -26,11 +26,13 @@ class Rows(ctypes.Structure):
         return cls(tensor_BTD.data_ptr(), *tensor_BTD.stride()[:2])
 
 
-def struct(name: str, rows: str, pointers: str, numbers: str) -> type[ctypes.Structure]:
-    """A struct of tensors, pointers, the sizes B, T and D, and small numbers, in this order."""
+def struct(
+    name: str, rows: str, pointers: str, numbers: str, sizes: str = "batch length width"
+) -> type[ctypes.Structure]:
+    """A struct of tensors, pointers, sizes and small numbers, in this order; names with spaces."""
     fields = [(field, Rows) for field in rows.split()]
     fields += [(field, ctypes.c_void_p) for field in pointers.split()]
-    fields += [(field, ctypes.c_int64) for field in ("batch", "length", "width")]
+    fields += [(field, ctypes.c_int64) for field in sizes.split()]
     fields += [(field, ctypes.c_int32) for field in numbers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from speechssm.nn.gated_gelu import gated_gelu
 from speechssm.nn.linear import Linear
 
 
@@ -29,5 +30,4 @@ class GatedMLP(nn.Module):
         self.down = Linear(expanded_width, width, bias, output_variance_scale)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        gate_BTF = nn.functional.gelu(self.gate(x_BTD), approximate="tanh")
-        return self.down(gate_BTF * self.up(x_BTD))
+        return self.down(gated_gelu(self.gate(x_BTD), self.up(x_BTD)))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from speechssm.nn.gated_gelu import gated_gelu
 from speechssm.nn.linear import Linear
 from speechssm.recurrence.conv import CausalConv1d, ConvState
 from speechssm.recurrence.rg_lru import RGLRU, RGLRUState
@@ -66,9 +67,8 @@ class RecurrentBlock(nn.Module):
         document_start_BT: torch.Tensor | None = None,
         state: RecurrentState | None = None,
     ) -> tuple[torch.Tensor, RecurrentState | None]:
-        gate_BTR = nn.functional.gelu(self.gate(x_BTD), approximate="tanh")
         conv_state, rg_lru_state = (None, None) if state is None else state
         u_BTR, conv_state = self.conv(self.input(x_BTD), document_start_BT, conv_state)
         u_BTR, rg_lru_state = self.rg_lru(u_BTR, document_start_BT, rg_lru_state)
-        y_BTD = self.output(u_BTR * gate_BTR)
+        y_BTD = self.output(gated_gelu(self.gate(x_BTD), u_BTR))
         return y_BTD, None if state is None else RecurrentState(conv_state, rg_lru_state)
