@@ -47,6 +47,9 @@ class Metric(Protocol):
         ...
 
 
+METRIC_PARTS = ("name", "unit", "higher_is_better", "__call__")
+
+
 @dataclass(frozen=True)
 class Selection:
     """`conf/select/NAME.yaml`: which checkpoints are kept, and what ranks them.
@@ -73,10 +76,19 @@ class Selection:
     def __post_init__(self) -> None:
         for name in ("candidates", "documents", "max_units"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"select.{name}={value}: must be at least 1")
-        if not 0 <= self.begin < 1:
+            if name == "max_units" and value is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"select.{name}={value}: a whole number of at least 1 is needed")
+        if not isinstance(self.begin, int | float) or not 0 <= self.begin < 1:
             raise ConfigError(f"select.begin={self.begin}: a share from 0 to below 1 is needed")
+        # Found out here, not after the training.
+        lacking = [name for name in METRIC_PARTS if not hasattr(self.metric, name)]
+        if lacking:
+            raise ConfigError(
+                f"select.metric._target_: {type(self.metric).__name__} is no metric, it lacks "
+                f"{', '.join(lacking)}: name a class like speechssm.lm.selection.HeldOutLikelihood"
+            )
 
     def steps(self, max_steps: int) -> list[int]:
         """Steps after which a checkpoint is kept; fewer than `candidates` in a very short run."""

@@ -137,6 +137,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     stage = stage_name(config["stage"]["_target_"])
     if state == "finished":
         log.info("%s is finished (%s steps); nothing to do", run.folder, run.steps_done())
+        if build_selection(config) is not None and not (run.folder / "selection.json").is_file():
+            log.warning(
+                "select= was not set while this run was trained: no checkpoints were kept to rank"
+            )
         return finished_metrics(run)
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)

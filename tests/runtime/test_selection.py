@@ -236,7 +236,10 @@ def test_documents_without_units_are_not_chosen(tmp_path: Path) -> None:
     ("words", "line"),
     [
         (("select.candidates=0",), "select.candidates=0"),
+        (("select.candidates=2.5",), "select.candidates=2.5: a whole number"),
+        (("select.documents=many",), "select.documents=many: a whole number"),
         (("select.begin=1",), "select.begin=1"),
+        (("select.metric._target_=collections.OrderedDict",), "OrderedDict is no metric, it lacks"),
         (("select.metric._target_=speechssm.lm.selection.Nothing",), "select: .*Nothing"),
         (("trainer.strategy=fsdp",), "trainer.strategy=fsdp writes shards"),
     ],
@@ -246,6 +249,14 @@ def test_an_impossible_selection_is_named_before_the_training(
 ) -> None:
     with pytest.raises(ConfigError, match=line):
         run(unit_shards, tmp_path, *words)
+
+
+def test_a_finished_run_without_candidates_says_that_nothing_is_ranked(
+    unit_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(unit_shards, tmp_path, "trainer.max_steps=2", select=NONE)
+    run(unit_shards, tmp_path, "trainer.max_steps=2")
+    assert "no checkpoints were kept to rank" in caplog.text
 
 
 @pytest.mark.parametrize("name", group_options("select"))
