@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from speechssm.errors import ConfigError
 from speechssm.recurrence.rg_lru import GATE_SCALE, RGLRU
 
 DECAY_NEAR_ONE = 0.999  # half of a state is left after 700 steps, 28 s of speech
@@ -26,9 +27,17 @@ class GateSaturation(L.Callback):
 
     Args:
         every_n_steps: steps between two looks; 0 for none.
+
+    Raises:
+        ConfigError: a number below zero, or none.
     """
 
     def __init__(self, every_n_steps: int = 50):
+        if not isinstance(every_n_steps, int) or every_n_steps < 0:
+            raise ConfigError(
+                f"callbacks.gate_saturation.every_n_steps={every_n_steps}: a whole number is "
+                "needed, 0 for never"
+            )
         self.every_n_steps = every_n_steps
         self.seen: dict[str, dict[str, torch.Tensor]] = {}  # by layer
         self.hooks: list[Any] = []

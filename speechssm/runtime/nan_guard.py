@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from speechssm.errors import SpeechSSMError
+from speechssm.errors import ConfigError, SpeechSSMError
 from speechssm.runtime.callbacks import StepSeeds
 
 
@@ -31,10 +31,18 @@ class NaNGuard(L.Callback):
     the middle of a step would cut its graph in two, that is all there is.
 
     Args:
-        every_n_steps: steps between two looks.
+        every_n_steps: steps between two looks, 1 or more.
+
+    Raises:
+        ConfigError: another number.
     """
 
     def __init__(self, every_n_steps: int = 10):
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ConfigError(
+                f"callbacks.nan_guard.every_n_steps={every_n_steps}: a whole number of at least 1 "
+                "is needed; ~callbacks.nan_guard removes the guard"
+            )
         self.every_n_steps = every_n_steps
         self.batch: tuple[Any, int] | None = None
 

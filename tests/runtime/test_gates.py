@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from speechssm.configuration import compose
+from speechssm.errors import ConfigError
 from speechssm.runtime import training
 from speechssm.runtime.gates import GateSaturation
 from speechssm.runtime.training import train
@@ -115,3 +116,9 @@ def test_hooks_are_gone_after_an_error() -> None:
     callback.on_exception(None, None, RuntimeError())
     layer(torch.randn(1, 3, 8))
     assert callback.seen == {}
+
+
+@pytest.mark.parametrize("steps", [-1, 2.5])
+def test_an_impossible_interval_is_named(steps: float) -> None:
+    with pytest.raises(ConfigError, match=f"gate_saturation.every_n_steps={steps}"):
+        GateSaturation(steps)

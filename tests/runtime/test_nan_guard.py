@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from speechssm.configuration import compose
+from speechssm.errors import ConfigError
 from speechssm.runtime import training
 from speechssm.runtime.nan_guard import DivergedError, NaNGuard, not_finite
 from speechssm.runtime.training import train
@@ -183,3 +184,9 @@ def test_infinite_gradients_under_a_scaler_are_its_own_business() -> None:
                 NaNGuard(1).on_before_optimizer_step(trainer, module, optimizer)
         else:
             NaNGuard(1).on_before_optimizer_step(trainer, module, optimizer)
+
+
+@pytest.mark.parametrize("steps", [0, "often"])
+def test_an_impossible_interval_is_named(steps: object) -> None:
+    with pytest.raises(ConfigError, match=f"nan_guard.every_n_steps={steps}"):
+        NaNGuard(steps)
