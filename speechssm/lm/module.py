@@ -5,7 +5,7 @@ import lightning
 import torch
 from torchmetrics import MeanMetric
 
-from speechssm.errors import ConfigError
+from speechssm.errors import CheckpointError, ConfigError
 from speechssm.lm.checkpoints.initialise import initialise_from
 from speechssm.lm.loss import IGNORED, cross_entropy
 from speechssm.nn.documents import positions_in_document
@@ -54,7 +54,10 @@ class LanguageModelModule(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
-            initialise_from(self.model, self.hparams.initial_weights)
+            try:
+                initialise_from(self.model, self.hparams.initial_weights)
+            except CheckpointError as error:
+                raise CheckpointError(f"stage.initial_weights: {error}") from error
         if not self.hparams.compile:
             return
         if self.trainer.strategy.root_device.type == "xla":

@@ -211,6 +211,9 @@ def test_a_new_run_begins_with_a_text_models_weights_and_a_resumed_one_does_not(
     assert torch.equal(ours["model.blocks.1.mlp.down.weight"], stored)
     assert ours["model.embedding"].shape == (17, 16)
 
+    with pytest.raises(CheckpointError, match=r"stage.initial_weights: .*no such file or folder"):
+        run(unit_shards, tmp_path / "none", "stage.initial_weights=nowhere")
+
     run(unit_shards, tmp_path / "whole", begun)
     assert losses(tmp_path / "whole")[0] != losses(straight)[0]
     cut = "+callbacks.cut._target_=tests_runtime_fault.PowerCut"
