@@ -74,6 +74,7 @@ def load(
 
     Raises:
         CheckpointError: nothing there, truncated, another stage, or weights that do not fit.
+        ConfigError: a device that is not there, or has no room.
     """
     if stage not in STAGES:
         raise CheckpointError(f"unknown stage {stage!r}; choose one of: {', '.join(STAGES)}")
@@ -82,7 +83,14 @@ def load(
         raise CheckpointError(
             f"{saved.path} holds the stage {saved.stage}, not {stage}; name a {stage} run"
         )
-    model = build_model(saved).to(device)
+    model = build_model(saved)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:  # which one depends on how torch was built
+        raise ConfigError(
+            f"device={device} cannot be used ({' '.join(str(error).split())[:120]}); choose "
+            "another, for example cpu"
+        ) from error
     if stage != "tokenizer":
         # Fingerprints of the tokenizer and codec whose tokens it has learned: the pipeline checks.
         model.trained_on = saved.details.get("trained_on") or {}
@@ -127,7 +135,9 @@ def find(stage: str | None, name_or_path: str | Path, checkpoint: str = "best-or
             f"{folder} has neither model.safetensors nor checkpoints/{checkpoint}.ckpt; train it, "
             "or name another folder"
         )
-    known = sorted(entry.name for entry in named.parent.glob("*") if entry.is_dir())
+    known = []
+    if stage is not None and not path.is_absolute():
+        known = sorted(entry.name for entry in named.parent.glob("*") if entry.is_dir())
     raise CheckpointError(
         f"{name_or_path}: no such file, run folder or weights"
         + (f"; known names of {stage}: {', '.join(known)}" if known else "")
@@ -194,6 +204,11 @@ def read_exported(path: Path) -> Saved:
     config_path = path.with_name("config.json")
     try:
         config = json.loads(config_path.read_text())
+        if "model" not in config and "architectures" in config:
+            raise CheckpointError(
+                f"{path.parent} is written for transformers: read it with its from_pretrained, or "
+                "export the run with format=speechssm"
+            )
         weights = load_file(path)
         model = dict(config["model"])
     except FileNotFoundError as error:
@@ -319,6 +334,8 @@ def export(
         write_own(model, saved, out)
         use = f'from speechssm import load\nmodel = load("{saved.stage}", "THIS FOLDER")'
         written_as = ""
+    # safetensors writes for the owner alone; weights are for whoever may read their config.
+    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)
     text = card(saved, written_as, use, run_figures(source), data, licence)
     write_text(out / "CARD.md", text)
     size = (out / "model.safetensors").stat().st_size / 2**20

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speechssm.configuration import compose
-from speechssm.errors import CheckpointError
+from speechssm.errors import CheckpointError, ConfigError
 from speechssm.loading import WEIGHTS_VARIABLE, export, load
 from speechssm.runtime.training import train
 
@@ -98,6 +98,9 @@ def test_an_export_has_weights_config_and_card(run: Path, exported: Path) -> Non
     config = json.loads((exported / "config.json").read_text())
     assert config["stage"] == "lm" and config["model"]["width"] == 16
     assert config["details"]["step"] == 3 and len(config["fingerprint"]) == 64
+    # Whoever may read one may read the other.
+    modes = {(exported / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
     text = (exported / "CARD.md").read_text()
     assert "tones" in text and "consent" in text and "loss (heldout)" in text
 
@@ -105,8 +108,23 @@ def test_an_export_has_weights_config_and_card(run: Path, exported: Path) -> Non
 def test_a_missing_run_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere: no such file, run folder or weights"):
         load("lm", tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"run folder or weights$"):
+        export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"has neither model.safetensors nor checkpoints"):
         load("lm", tmp_path)
+
+
+def test_a_folder_for_transformers_says_who_reads_it(run: Path, tmp_path: Path) -> None:
+    folder = export(run, tmp_path / "twin", format="transformers")
+    with pytest.raises(CheckpointError, match=r"twin is written for transformers"):
+        load("lm", folder)
+
+
+def test_a_device_that_is_not_there_is_named(run: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match=r"device=cuda cannot be used .* for example cpu"):
+        load("lm", run, device="cuda")
 
 
 def test_another_stage_is_refused(run: Path, exported: Path) -> None:
