@@ -268,8 +268,8 @@ static void attention_block(const attention *block, const buffers *at, const cal
         }
     }
     meet(all);
-    for (int64_t part = thread; part < batch * heads; part += threads) {
-        const int64_t row = part / heads, head = part % heads;
+    for (int64_t index = thread; index < batch * heads; index += threads) {
+        const int64_t row = index / heads, head = index % heads;
         const int64_t used = pieces_of(filled_slots(block, call->rows[row]));
         merge(at->partial + row * pieces * size + head * (width + 2), size, used, width,
               at->b + row * widest + head * width);
