@@ -180,6 +180,8 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=...")
+        if "name" in cfg:
+            cfg.name = str(cfg.name)  # name=7 comes as a number
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except SpeechSSMError:
         raise
