@@ -229,8 +229,11 @@ def build_model(saved: Saved) -> nn.Module:
     from hydra.utils import instantiate
 
     check_targets(saved.model, saved.path)
+    config = dict(saved.model)
+    if "scan_backend" in config:
+        config["scan_backend"] = None  # that was for the device of the training
     try:
-        model = instantiate(saved.model)
+        model = instantiate(config)
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise CheckpointError(f"{saved.path}: the network cannot be built: {reason}") from error

@@ -120,6 +120,16 @@ def test_a_folder_for_transformers_says_who_reads_it(run: Path, tmp_path: Path) 
         load("lm", folder)
 
 
+def test_a_model_trained_with_the_backend_of_another_device_runs(
+    run: Path, exported: Path, tmp_path: Path
+) -> None:
+    folder = copy(exported, tmp_path / "gpu")
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["scan_backend"] = "cuda"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load("lm", folder)), logits(load("lm", run)))
+
+
 def test_a_device_that_is_not_there_is_named(run: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -29,9 +29,10 @@ WITHOUT_RESULT = {
 }
 WITHOUT_RESULT_IN = {
     "data": {"num_workers", "pin_memory"},
-    # Two ways to the same numbers up to rounding.
+    # Ways to the same numbers up to rounding.
     "optimizer": {"fused"},
     "stage": {"compile"},
+    "model": {"scan_backend"},
     "trainer": {
         "max_steps",  # a run may be made longer
         "log_every_n_steps",

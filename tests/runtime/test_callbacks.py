@@ -168,7 +168,7 @@ def test_a_run_is_compared_by_what_decides_its_result(
     same = {
         "name": "b",
         "logger": {"csv": 1},
-        "model": {"pattern": ["x", "y"], "width": 3},
+        "model": {"pattern": ["x", "y"], "width": 3, "scan_backend": "cuda"},
         "data": {"folder": "./data", "num_workers": 2},
         "trainer": {"max_steps": 9, "precision": "32-true"},
         "select": {"candidates": 5},
