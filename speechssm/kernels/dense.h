@@ -12,6 +12,8 @@
 
 /* Rows, and outputs or vectors of lanes, whose sums are in registers together. */
 #define TILE 4
+/* Numbers that the second cache has room for beside others: 512 KiB. */
+#define CACHED 131072
 
 typedef struct {
     const float *weight; /* [outputs, inputs] */
@@ -97,15 +99,20 @@ INLINE void dot_rows(const linear *map, int64_t first, int outputs, const float 
         dot(map, first, outputs, x + row * x_stride, x_stride, 1, y + row * y_stride, y_stride, 0, 0);
 }
 
-/* y = W x + b for the outputs in `part`. */
+/* y = W x + b for the outputs in `part`. So many rows at a time that they stay in the second cache:
+ * those of a large batch would come from memory for every few outputs. */
 static void apply(const linear *map, range part, const float *x, int64_t x_stride, float *y,
                   int64_t y_stride, int64_t batch)
 {
-    int64_t output = part.begin;
-    for (; output + TILE <= part.end; output += TILE)
-        dot_rows(map, output, TILE, x, x_stride, y, y_stride, batch);
-    for (; output < part.end; ++output)
-        dot_rows(map, output, 1, x, x_stride, y, y_stride, batch);
+    const int64_t fitting = CACHED / map->inputs / TILE * TILE, most = fitting ? fitting : TILE;
+    for (; batch > 0; batch -= most, x += most * x_stride, y += most * y_stride) {
+        const int64_t rows = batch < most ? batch : most;
+        int64_t output = part.begin;
+        for (; output + TILE <= part.end; output += TILE)
+            dot_rows(map, output, TILE, x, x_stride, y, y_stride, rows);
+        for (; output < part.end; ++output)
+            dot_rows(map, output, 1, x, x_stride, y, y_stride, rows);
+    }
 }
 
 static void normalise(const norm *norm, const float *x, float *y, int64_t width, int64_t stride,

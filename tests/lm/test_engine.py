@@ -116,6 +116,18 @@ def test_a_stream_is_the_same_to_the_bit_alone_and_beside_fifteen_others(model):
 
 
 @needs_kernel
+def test_rows_that_do_not_fit_into_the_cache_together_are_the_same_to_the_bit():
+    torch.manual_seed(0)
+    model = Griffin(UNITS, 16, 2, 2, window=4, mlp_width=16_411).eval()  # seven rows of 64 KiB fit
+    decoding = DecodeEngine(model, 11)
+    for row, stream in enumerate(streams(11)):
+        decoding.start(row, stream)
+    together = decoding.step(30)
+    for row, stream in enumerate(streams(11)):
+        assert np.array_equal(alone(model, stream, 30), together[row]), f"row {row}"
+
+
+@needs_kernel
 def test_the_number_of_threads_changes_no_bit(model):
     threads = torch.get_num_threads()
     results = []
