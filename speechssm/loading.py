@@ -7,7 +7,8 @@ folder of exported weights, or a NAME that stands for `paths.weights/STAGE/NAME`
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,8 @@ def load(
             f"{saved.path} holds the stage {saved.stage}, not {stage}; name a {stage} run"
         )
     model = build_model(saved)
-    try:
+    with naming_device(device):
         model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # which one depends on how torch was built
-        raise ConfigError(
-            f"device={device} cannot be used ({' '.join(str(error).split())[:120]}); choose "
-            "another, for example cpu"
-        ) from error
     if stage != "tokenizer":
         # Fingerprints of the tokenizer and codec whose tokens it has learned: the pipeline checks.
         model.trained_on = saved.details.get("trained_on") or {}
@@ -98,6 +94,18 @@ def load(
     from speechssm.tokenizer.windowed import WindowedTokenizer
 
     return WindowedTokenizer(model)
+
+
+@contextmanager
+def naming_device(device: str | torch.device) -> Iterator[None]:
+    """A device that is not there, or has no room, as a ConfigError with its name."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:  # which one depends on how torch was built
+        raise ConfigError(
+            f"device={device} cannot be used ({' '.join(str(error).split())[:120]}); choose "
+            "another, for example cpu"
+        ) from error
 
 
 def weights_folder() -> Path:

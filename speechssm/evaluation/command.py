@@ -6,7 +6,7 @@ from typing import Any
 
 from speechssm.data.shards import read_index
 from speechssm.errors import ConfigError, FingerprintError
-from speechssm.loading import find, load
+from speechssm.loading import find, load, naming_device
 from speechssm.report.gather import Run, find_runs, is_run, read_run, run_labels
 from speechssm.report.rows import Row
 
@@ -143,5 +143,14 @@ SUBJECTS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], list[Row]]] = 
 
 
 def device_of(config: Mapping[str, Any]) -> str:
-    """Where to compute; the CPU unless the config says otherwise."""
-    return str(config.get("device") or "cpu")
+    """Where to compute; the CPU unless the config says otherwise.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    import torch
+
+    device = str(config.get("device") or "cpu")
+    with naming_device(device):
+        torch.empty(0, device=device)
+    return device

@@ -147,24 +147,12 @@ static void backward_tile(const arguments *call, int64_t row, int64_t channel, i
     flush(call, row, channel, width, sums);
 }
 
-#define FOR_ALL_TILES(call, function)                                                              \
-    int64_t tile = tile_width(call->batch, call->width, call->threads);                            \
-    tile = tile < TILE ? tile : TILE;                                                              \
-    const int64_t tiles = (call->width + tile - 1) / tile;                                         \
-    _Pragma("omp parallel for num_threads(call->threads) schedule(static)")                        \
-    for (int64_t work = 0; work < call->batch * tiles; ++work) {                                   \
-        const int64_t row = work / tiles, channel = work % tiles * tile;                           \
-        const int64_t rest = call->width - channel;                                                \
-        function(call, row, channel, rest < tile ? rest : tile);                                   \
-        finish_streams();                                                                          \
-    }
-
 void causal_conv_forward(const arguments *call)
 {
-    FOR_ALL_TILES(call, forward_tile)
+    FOR_ALL_TILES(call, TILE, forward_tile)
 }
 
 void causal_conv_backward(const arguments *call)
 {
-    FOR_ALL_TILES(call, backward_tile)
+    FOR_ALL_TILES(call, TILE, backward_tile)
 }

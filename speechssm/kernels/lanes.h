@@ -217,4 +217,18 @@ INLINE int64_t tile_width(int64_t batch, int64_t width, int threads)
     return tile < LARGEST_TILE ? tile : LARGEST_TILE;
 }
 
+/* One tile of channels of one row after the other, over threads: `function(call, row, channel,
+ * width)`. No tile is wider than `most`. */
+#define FOR_ALL_TILES(call, most, function)                                                        \
+    int64_t tile = tile_width(call->batch, call->width, call->threads);                            \
+    tile = tile < most ? tile : most;                                                              \
+    const int64_t tiles = (call->width + tile - 1) / tile;                                         \
+    _Pragma("omp parallel for num_threads(call->threads) schedule(static)")                        \
+    for (int64_t work = 0; work < call->batch * tiles; ++work) {                                   \
+        const int64_t row = work / tiles, channel = work % tiles * tile;                           \
+        const int64_t rest = call->width - channel;                                                \
+        function(call, row, channel, rest < tile ? rest : tile);                                   \
+        finish_streams();                                                                          \
+    }
+
 #endif

@@ -111,14 +111,10 @@ INLINE void backward_tile(const backward_arguments *call, int64_t row, int64_t c
     memcpy(call->grad_initial + corner, carry, width * sizeof(float));
 }
 
-/* One tile after the other, each with the code that its type and way of storing have. */
-#define FOR_ALL_TILES(call, function)                                                              \
-    const int64_t tile = tile_width(call->batch, call->width, call->threads);                      \
-    const int64_t tiles = (call->width + tile - 1) / tile;                                         \
-    _Pragma("omp parallel for num_threads(call->threads) schedule(static)")                        \
-    for (int64_t work = 0; work < call->batch * tiles; ++work) {                                   \
-        const int64_t row = work / tiles, channel = work % tiles * tile;                           \
-        const int64_t rest = call->width - channel, width = rest < tile ? rest : tile;             \
+/* A tile with the code that its type and way of storing have. */
+#define BY_TYPE(name, arguments, function)                                                         \
+    static void name(const arguments *call, int64_t row, int64_t channel, int64_t width)           \
+    {                                                                                              \
         if (call->type == FLOAT32 && call->stream)                                                 \
             function(call, row, channel, width, FLOAT32, STREAM);                                  \
         else if (call->type == FLOAT32)                                                            \
@@ -127,15 +123,17 @@ INLINE void backward_tile(const backward_arguments *call, int64_t row, int64_t c
             function(call, row, channel, width, BFLOAT16, STREAM);                                 \
         else                                                                                       \
             function(call, row, channel, width, BFLOAT16, CACHE);                                  \
-        finish_streams();                                                                          \
     }
+
+BY_TYPE(forward_by_type, forward_arguments, forward_tile)
+BY_TYPE(backward_by_type, backward_arguments, backward_tile)
 
 void linear_scan_forward(const forward_arguments *call)
 {
-    FOR_ALL_TILES(call, forward_tile)
+    FOR_ALL_TILES(call, LARGEST_TILE, forward_by_type)
 }
 
 void linear_scan_backward(const backward_arguments *call)
 {
-    FOR_ALL_TILES(call, backward_tile)
+    FOR_ALL_TILES(call, LARGEST_TILE, backward_by_type)
 }

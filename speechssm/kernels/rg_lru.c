@@ -227,23 +227,12 @@ static void backward_tile(const backward_arguments *call, int64_t row, int64_t c
     memcpy(call->grad_rate + corner, grad_rate, width * sizeof(float));
 }
 
-#define FOR_ALL_TILES(call, function)                                                              \
-    const int64_t tile = tile_width(call->batch, call->width, call->threads);                      \
-    const int64_t tiles = (call->width + tile - 1) / tile;                                         \
-    _Pragma("omp parallel for num_threads(call->threads) schedule(static)")                        \
-    for (int64_t work = 0; work < call->batch * tiles; ++work) {                                   \
-        const int64_t row = work / tiles, channel = work % tiles * tile;                           \
-        const int64_t rest = call->width - channel;                                                \
-        function(call, row, channel, rest < tile ? rest : tile);                                   \
-        finish_streams();                                                                          \
-    }
-
 void rg_lru_forward(const forward_arguments *call)
 {
-    FOR_ALL_TILES(call, forward_tile)
+    FOR_ALL_TILES(call, LARGEST_TILE, forward_tile)
 }
 
 void rg_lru_backward(const backward_arguments *call)
 {
-    FOR_ALL_TILES(call, backward_tile)
+    FOR_ALL_TILES(call, LARGEST_TILE, backward_tile)
 }

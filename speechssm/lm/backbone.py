@@ -157,7 +157,9 @@ class LanguageModel(nn.Module):
         Args:
             tokens_BT: int64 units, or `bos_id`; T >= 1.
             document_start_BT: bool, true at the first token (BOS) of each document: nothing
-                before it is seen from there on. None means that no document starts here.
+                before it is seen from there on. None means that no document starts here, also
+                not at BOS: a recurrence takes its first input in full only at a start. For rows
+                that begin with BOS, pass `tokens_BT == bos_id`.
             state: from `initial_state` or an earlier call. None trains on whole rows: the row
                 begins with nothing before it, and no state is returned.
 

@@ -164,19 +164,7 @@ def scan(
     initial_BD: torch.Tensor | None,
     document_start_BT: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States in the dtype of x and the last one in float32, differentiable.
-
-    Logits and x are read as they are where they are float32 or bfloat16, else converted before.
-    """
-    dtype = x_BTD.dtype
-    if input_logit_BTD.dtype != recurrence_logit_BTD.dtype or input_logit_BTD.dtype not in TYPES:
-        input_logit_BTD, recurrence_logit_BTD = (
-            input_logit_BTD.float(),
-            recurrence_logit_BTD.float(),
-        )
-    if dtype not in TYPES:
-        x_BTD = x_BTD.float()
-    states_BTD, last_BD, _ = rg_lru_op(
+    """A backend of `rg_lru_scan`."""
+    return rg_lru_op(
         input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D, initial_BD, document_start_BT
-    )
-    return states_BTD.to(dtype), last_BD
+    )[:2]

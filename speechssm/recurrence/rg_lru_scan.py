@@ -12,6 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from speechssm.errors import ConfigError
+from speechssm.kernels.arguments import TYPES
 from speechssm.recurrence import rg_lru_cpu, rg_lru_cuda
 from speechssm.recurrence.scan import check_arguments, choose_backend, linear_scan
 
@@ -20,9 +21,9 @@ MAX_SQRT_GRADIENT = 1000.0
 Fused = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 # By the same names as `linear_scan`'s backends; a name that is missing here runs composed. A fused
-# backend takes input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D (float32), and initial_BD
-# (float32) and document_start_BT (bool) or None for either. It returns states_BTD in the dtype of x
-# and last_BD in float32, differentiable with respect to the first five.
+# backend takes both logits in one dtype and x, each float32 or bfloat16, rate_D (float32), and
+# initial_BD (float32) and document_start_BT (bool) or None for either. It returns states_BTD in the
+# dtype of x and last_BD in float32, differentiable (once) with respect to the first five.
 FUSED: dict[str, Fused] = {"cpu": rg_lru_cpu.scan, "cuda": rg_lru_cuda.scan}
 
 
@@ -130,9 +131,17 @@ def rg_lru_scan(
     if initial_BD is not None:
         initial_BD = initial_BD.float()
     if backend in FUSED and x_BTD.shape[1] > 1:
-        return FUSED[backend](
-            input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D, initial_BD, document_start_BT
+        logits_BTD = (input_logit_BTD, recurrence_logit_BTD)
+        if (
+            input_logit_BTD.dtype != recurrence_logit_BTD.dtype
+            or input_logit_BTD.dtype not in TYPES
+        ):
+            logits_BTD = tuple(logit_BTD.float() for logit_BTD in logits_BTD)
+        read_BTD = x_BTD if x_BTD.dtype in TYPES else x_BTD.float()
+        states_BTD, last_BD = FUSED[backend](
+            *logits_BTD, read_BTD, rate_D, initial_BD, document_start_BT
         )
+        return states_BTD.to(x_BTD.dtype), last_BD
     gate_BTD, value_BTD = gate_and_input(
         input_logit_BTD.float(),
         recurrence_logit_BTD.float(),

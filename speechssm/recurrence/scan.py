@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from speechssm.errors import ConfigError
-from speechssm.recurrence import scan_chunked, scan_cpu, scan_cuda, scan_reference, scan_xla
+from speechssm.recurrence import (
+    scan_chunked,
+    scan_cpu,
+    scan_cuda,
+    scan_operator,
+    scan_reference,
+    scan_xla,
+)
 
 Backend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
@@ -34,8 +41,8 @@ def plain(scan: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 BACKENDS: dict[str, Backend] = {
     "reference": plain(scan_reference.scan),
     "chunked": plain(scan_chunked.scan),
-    "cpu": scan_cpu.scan,
-    "cuda": scan_cuda.scan,
+    "cpu": scan_operator.scan,
+    "cuda": scan_operator.scan,
     "xla": plain(scan_xla.scan),
 }
 

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import torch
 
 from speechssm.benchmark import command as bench_command
 from speechssm.benchmark.pipeline import run_pipeline
@@ -77,6 +78,12 @@ def test_mistakes_of_evaluate_are_named(config, message):
 def test_mistakes_of_bench_are_named(config, message):
     with pytest.raises(ConfigError, match=message):
         bench_command.bench(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"device=cuda cannot be used .* for example cpu"):
+        bench_command.bench({"subject": "scan", "out": "b", "device": "cuda"})
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from speechssm.errors import ConfigError
 from speechssm.kernels import arguments
-from speechssm.recurrence import conv_cpu, linear_scan, rg_lru_cpu, scan_cpu
+from speechssm.recurrence import conv_cpu, linear_scan, rg_lru_cpu, scan_cpu, scan_operator
 from speechssm.recurrence.block import RecurrentBlock
 from speechssm.recurrence.conv import convolve
 from speechssm.recurrence.rg_lru_scan import gate_and_input, rg_lru_scan
@@ -342,7 +342,7 @@ def test_nan_in_a_logit_comes_out():
 def test_operators_pass_opcheck(kernel, extras):
     if kernel == "scan":
         case = scan_case(5, 7, extras=extras) + [None, None] * (not extras)
-        operator = scan_cpu.linear_scan_op
+        operator = scan_operator.linear_scan_op
     elif kernel == "rg_lru":
         case = rg_lru_case(5, 7, extras=extras)
         operator = rg_lru_cpu.rg_lru_op

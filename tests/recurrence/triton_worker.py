@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from speechssm.recurrence import rg_lru_cuda, scan_cuda
+from speechssm.recurrence import rg_lru_cuda, scan_cuda, scan_operator
 from speechssm.recurrence.rg_lru_scan import rg_lru_scan
 from speechssm.recurrence.scan_chunked import scan as chunked
 
@@ -62,7 +62,7 @@ def linear(batch, length, width, options: bool, dtype) -> list[float]:
 
     def ours(gate, value, initial=None):
         on_device = None if reset is None else reset.to(DEVICE)
-        return [scan_cuda.scan(gate, value, initial, on_device)]
+        return [scan_operator.scan(gate, value, initial, on_device)]
 
     def exact(gate, value, initial=None):
         if reset is not None:
@@ -129,7 +129,7 @@ def repeated(batch, length, width) -> list[float]:
     operands = [torch.randn(batch, length, width, device=DEVICE) for _ in range(3)]
     rate = torch.full((width,), -0.01, device=DEVICE)
     runs = [
-        [scan_cuda.scan(operands[0].sigmoid(), operands[1], None, None),
+        [scan_operator.scan(operands[0].sigmoid(), operands[1], None, None),
          rg_lru_cuda.scan(*operands, rate, None, None)[0]]
         for _ in range(2)
     ]  # fmt: skip
@@ -144,7 +144,7 @@ def check_operators() -> None:
     rate = -torch.rand(width, device=DEVICE)
     start = torch.rand(batch, length, device=DEVICE) < 0.2
     leaves = [tensor.requires_grad_() for tensor in (*operands, rate, initial)]
-    torch.library.opcheck(scan_cuda.linear_scan_op, (*leaves[:2], initial, start))
+    torch.library.opcheck(scan_operator.linear_scan_op, (*leaves[:2], initial, start))
     torch.library.opcheck(rg_lru_cuda.rg_lru_op, (*leaves, start))
 
 
@@ -152,6 +152,9 @@ def main() -> None:
     torch.manual_seed(0)
     if DEVICE == "cpu":
         # The interpreter is slow, and several chunks are what matters.
+        # The interpreter works on tensors of the CPU, whose kernel is otherwise the one in C.
+        scan_operator.linear_scan_op.register_kernel("cpu", scan_cuda.forward)
+        scan_operator.linear_scan_backward_op.register_kernel("cpu", scan_cuda.backward)
         scan_cuda.CHUNK = rg_lru_cuda.CHUNK = 16
         scan_cuda.BLOCK = rg_lru_cuda.BLOCK = 4
     float32, bfloat16 = torch.float32, torch.bfloat16
