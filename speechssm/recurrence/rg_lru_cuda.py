@@ -137,17 +137,3 @@ def backward(ctx, grad_states_BTD, grad_last_BD):
 
 
 rg_lru_op.register_autograd(backward, setup_context=keep_for_backward)
-
-
-def scan(
-    input_logit_BTD: torch.Tensor,
-    recurrence_logit_BTD: torch.Tensor,
-    x_BTD: torch.Tensor,
-    rate_D: torch.Tensor,
-    initial_BD: torch.Tensor | None,
-    document_start_BT: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A backend of `rg_lru_scan`."""
-    return rg_lru_op(
-        input_logit_BTD, recurrence_logit_BTD, x_BTD, rate_D, initial_BD, document_start_BT
-    )

@@ -18,13 +18,14 @@ from speechssm.recurrence.scan import check_arguments, choose_backend, linear_sc
 
 MAX_SQRT_GRADIENT = 1000.0
 
-Fused = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Fused = Callable[..., tuple[torch.Tensor, ...]]
 
 # By the same names as `linear_scan`'s backends; a name that is missing here runs composed. A fused
 # backend takes both logits in one dtype and x, each float32 or bfloat16, rate_D (float32), and
 # initial_BD (float32) and document_start_BT (bool) or None for either. It returns states_BTD in the
-# dtype of x and last_BD in float32, differentiable (once) with respect to the first five.
-FUSED: dict[str, Fused] = {"cpu": rg_lru_cpu.scan, "cuda": rg_lru_cuda.scan}
+# dtype of x and last_BD in float32, differentiable (once) with respect to the first five, and
+# behind these what it keeps for its own backward pass.
+FUSED: dict[str, Fused] = {"cpu": rg_lru_cpu.rg_lru_op, "cuda": rg_lru_cuda.rg_lru_op}
 
 
 class GateAndInput(torch.autograd.Function):
@@ -138,7 +139,7 @@ def rg_lru_scan(
         ):
             logits_BTD = tuple(logit_BTD.float() for logit_BTD in logits_BTD)
         read_BTD = x_BTD if x_BTD.dtype in TYPES else x_BTD.float()
-        states_BTD, last_BD = FUSED[backend](
+        states_BTD, last_BD, *_ = FUSED[backend](
             *logits_BTD, read_BTD, rate_D, initial_BD, document_start_BT
         )
         return states_BTD.to(x_BTD.dtype), last_BD

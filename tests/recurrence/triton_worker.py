@@ -96,7 +96,7 @@ def rg_lru(batch, length, width, options: bool, logit_dtype, dtype) -> list[floa
 
     def ours(p, q, x, rate, initial=None):
         on_device = None if start is None else start.to(DEVICE)
-        return rg_lru_cuda.scan(p, q, x, rate, initial, on_device)
+        return rg_lru_cuda.rg_lru_op(p, q, x, rate, initial, on_device)
 
     def exact(p, q, x, rate, initial=None):
         a = torch.exp(q.sigmoid() * rate)
@@ -116,7 +116,7 @@ def nearly_closed() -> list[float]:
     q = torch.linspace(-60, -8, 100).view(1, 20, 5)
 
     def ours(p, q, x, rate):
-        return rg_lru_cuda.scan(p, q, x, rate, None, None)
+        return rg_lru_cuda.rg_lru_op(p, q, x, rate, None, None)
 
     def exact(p, q, x, rate):
         return rg_lru_scan(p, q, x, rate, backend="reference")
@@ -130,7 +130,7 @@ def repeated(batch, length, width) -> list[float]:
     rate = torch.full((width,), -0.01, device=DEVICE)
     runs = [
         [scan_operator.scan(operands[0].sigmoid(), operands[1], None, None),
-         rg_lru_cuda.scan(*operands, rate, None, None)[0]]
+         rg_lru_cuda.rg_lru_op(*operands, rate, None, None)[0]]
         for _ in range(2)
     ]  # fmt: skip
     return [float((first - second).abs().max()) for first, second in zip(*runs, strict=True)]
