@@ -34,6 +34,8 @@ class AudioFault(AudioError):
         self.reason = reason
 
 
+# Common formats that libsndfile does not read.
+FFMPEG_SUFFIXES = frozenset({".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm"})
 # libsndfile only estimates the length of these before decoding them.
 _ESTIMATED_LENGTH = {"MP3"}
 _WAV_HEADER_BYTES = 44
@@ -60,6 +62,12 @@ def _open(source: Source, label: str) -> Iterator[soundfile.SoundFile]:
         with file:
             yield file
     except (soundfile.SoundFileError, OSError) as error:
+        if not isinstance(source, bytes) and Path(source).suffix.lower() in FFMPEG_SUFFIXES:
+            raise AudioFault(
+                f"{label} is in a format that libsndfile does not read: convert it first, "
+                "`ffmpeg -i FILE FILE.flac`",
+                "to be converted first",
+            ) from error
         reason = str(error).rstrip(".").rsplit(": ", 1)[-1]
         raise AudioFault(
             f"{label} cannot be read as audio ({reason}): replace it by a sound file in a format "

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 from speechssm.data.corpora.base import Recording, Split, Utterance
+from speechssm.data.corpora.manifest import MANIFEST, read_table
 from speechssm.errors import CorpusError
-
-MANIFEST = "manifest.tsv"
 
 
 class SampleCorpus:
@@ -45,14 +43,9 @@ class SampleCorpus:
                 f"{path} is missing: source must be a checkout's data/sample, or a folder with "
                 f"{MANIFEST} and the sound files that it names"
             )
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            missing = set(self._columns) - set(reader.fieldnames or ())
-            if missing:
-                raise CorpusError(f"{path} lacks the column(s) {', '.join(sorted(missing))}")
-            for row in reader:
-                if row["split"] == split:
-                    yield row
+        for _, row in read_table(path, self._columns):
+            if row["split"] == split:
+                yield row
 
     def _recording(self, rows: list[dict[str, str]]) -> Recording:
         first = rows[0]
