@@ -151,7 +151,11 @@ def prepare(
 
 def _options(corpus: Corpus) -> dict[str, Any]:
     """What a corpus was told, except where it lies; as JSON would give it back."""
-    options = {key: value for key, value in vars(corpus).items() if key != "source"}
+    options = {
+        key: value
+        for key, value in vars(corpus).items()
+        if key != "source" and not key.startswith("_")
+    }
     return json.loads(json.dumps(options, default=str))
 
 
