@@ -169,7 +169,7 @@ def verb_help(verb: str) -> str:
 def prepare(config: dict[str, Any]) -> None:
     from speechssm.configuration import choose
     from speechssm.data.prepare import prepare as prepare_corpus
-    from speechssm.data.prepare import prepare_sentencepiece
+    from speechssm.data.text import prepare_sentencepiece
 
     subject = choose("subject", config.get("subject") or "corpus", ("corpus", "sentencepiece"))
     if subject == "sentencepiece":

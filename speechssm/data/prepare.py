@@ -1,12 +1,10 @@
-"""From a corpus to audio shards, and from their transcripts to a sentencepiece model."""
+"""From a corpus to audio shards."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
-import string
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,6 @@ from queue import Full, Queue
 from threading import Event
 from typing import Any, TypeVar
 
-import sentencepiece
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from speechssm.audio.io import encode_flac
@@ -29,16 +26,12 @@ from speechssm.data.shards import (
     ShardIndex,
     ShardWriter,
     clean_key,
-    iterate_shard,
     read_index,
-    write_atomically,
 )
-from speechssm.data.text import normalise_text
-from speechssm.errors import ConfigError, CorpusError, ShardError
+from speechssm.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)
 
-TEXT_MODEL = "text.model"
 # Pieces that a thread may cut before they are needed: half an hour of speech, some 40 MB.
 _PIECES_AHEAD = 64
 _MAX_DOCUMENT_KEY = 180
@@ -50,7 +43,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What a split's shards hold. `skipped` counts left-out recordings by reason."""
+    """What a split's shards hold. `skipped` counts left-out recordings by reason.
+
+    Transcripts that are not used are those with digits, and those without a piece of their own:
+    the sound is missing, ends too early, or is longer than a piece.
+    """
 
     split: str
     documents: int
@@ -60,6 +57,7 @@ class SplitSummary:
     synthetic_seconds: float
     shards: int
     transcripts_with_digits: int
+    transcripts_without_piece: int
     skipped: dict[str, int]
 
     def describe(self) -> str:
@@ -73,6 +71,11 @@ class SplitSummary:
             line += f", {self.synthetic_seconds / 3600:.2f} h synthetic"
         if self.transcripts_with_digits:
             line += f"; {self.transcripts_with_digits} transcripts with digits not used"
+        if self.transcripts_without_piece:
+            line += (
+                f"; {self.transcripts_without_piece} transcripts not used, their sound is missing "
+                "or longer than a piece"
+            )
         if self.skipped:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             line += f"; skipped: {counts}"
@@ -217,13 +220,19 @@ def _prepare_split(
                 entry["synthetic"] = True
             yield encode_flac(piece.audio, sample_rate), entry
 
-    recordings = corpus.recordings(split)
+    def counted(recordings: Iterator[Recording]) -> Iterator[Recording]:
+        for recording in recordings:
+            totals["transcripts_without_piece"] += sum(bool(u.text) for u in recording.utterances)
+            yield recording
+
+    recordings = counted(corpus.recordings(split))
     documents = (list(group) for _, group in groupby(recordings, key=lambda r: r.document))
     totals = {
         "documents": 0,
         "transcribed_seconds": 0.0,
         "synthetic_seconds": 0.0,
         "transcripts_with_digits": 0,
+        "transcripts_without_piece": 0,
     }
     skipped = 0
     previous: tuple[str, str] | None = None  # document's base name and the name of its part
@@ -241,6 +250,8 @@ def _prepare_split(
                 writer.skip(result.name, result.reason)
             else:
                 flac, entry = result
+                if "text" in entry:
+                    totals["transcripts_without_piece"] -= 1
                 if _DIGIT.search(entry.get("text", "")):
                     # Figures are read in more than one way: not what was said.
                     del entry["text"]
@@ -293,6 +304,7 @@ def _summarise(split: str, index: ShardIndex) -> SplitSummary:
         synthetic_seconds=metadata["synthetic_seconds"],
         shards=len(index.shards),
         transcripts_with_digits=metadata["transcripts_with_digits"],
+        transcripts_without_piece=metadata.get("transcripts_without_piece", 0),
         skipped=index.skipped,
     )
 
@@ -365,74 +377,3 @@ def _map_ahead(
                     yield item_name, result
         finally:
             stop.set()
-
-
-def prepare_sentencepiece(
-    audio_folder: str | Path,
-    out: str | Path,
-    *,
-    vocab_size: int = 64,
-    model_type: str = "bpe",
-) -> Path:
-    """Fit a sentencepiece model on the transcripts of the training split.
-
-    Texts are normalised as `speechssm.data.text.normalise_text` does it (upper-case words of
-    letters and apostrophes), there and wherever they are encoded. Id 0 stands for characters
-    outside the alphabet, which normalised text does not have, so it is free for padding or blank;
-    there are no begin and end symbols.
-
-    Args:
-        audio_folder: audio shards, the `out` of `prepare`.
-        out: folder of the model.
-        vocab_size: number of pieces; at least 29 (letters, apostrophe, space mark, unknown).
-        model_type: "bpe", "unigram" or "char".
-
-    Returns:
-        Path of OUT/text.model; the same shards and arguments give the same bytes.
-
-    Raises:
-        ShardError: no audio shards there. CorpusError: they have no transcripts.
-        ConfigError: unknown type, or a vocabulary that these transcripts cannot fill.
-    """
-    if model_type not in ("bpe", "unigram", "char"):
-        raise ConfigError(f"model_type={model_type}: use bpe, unigram or char")
-    folder = Path(audio_folder) / "train"
-    index = read_index(folder, "audio")
-    texts = [
-        text
-        for path in index.paths
-        for sample in iterate_shard(path)
-        if (text := normalise_text(sample["json"].get("text", "")))
-    ]
-    if not texts:
-        raise CorpusError(f"{folder} has no transcripts: a text model needs a corpus that has them")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            character_coverage=1.0,
-            required_chars=string.ascii_uppercase + "'",
-            normalization_rule_name="identity",
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ConfigError(
-            f"vocab_size={vocab_size} does not fit the {len(texts)} transcripts of {folder} "
-            f"({str(error).strip().splitlines()[-1]}): choose another"
-        ) from error
-    path = Path(out) / TEXT_MODEL
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, model.getvalue())
-    except OSError as error:
-        raise ShardError(f"{path} cannot be written: {error}") from error
-    logger.info("%s: %d pieces, fitted on %d transcripts", path, vocab_size, len(texts))
-    return path

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import speechssm.data.prepare as prepare_module
 import speechssm.data.shards as shards_module
 from speechssm.audio.io import read_audio
 from speechssm.data.corpora.base import Recording, Utterance
-from speechssm.data.prepare import prepare, prepare_sentencepiece
+from speechssm.data.prepare import prepare
 from speechssm.data.shards import iterate_shard, read_index
-from speechssm.data.text import TextEncoder
+from speechssm.data.text import TextEncoder, prepare_sentencepiece
 from speechssm.errors import ConfigError, CorpusError, ShardError
 
 RATE = 16000
@@ -276,6 +277,32 @@ def test_sentencepiece_is_fitted_on_normalised_transcripts_and_encodes_them(corp
     assert encoder._processor.decode(ids) == "THE QUICK BROWN FOX DON'T"
     again = prepare_sentencepiece(tmp_path / "audio", tmp_path / "sp2", vocab_size=40)
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_sentencepiece_counts_characters_that_it_cannot_keep(corpus, tmp_path, caplog):
+    class Foreign:
+        name = "foreign"
+
+        def recordings(self, split):
+            for recording in corpus.recordings(split):
+                yield replace(recording, utterances=(Utterance(f"{TEXT}, ÆSOP & Ж: é"),))
+
+    quick(Foreign(), tmp_path / "audio")
+    prepare_sentencepiece(tmp_path / "audio", tmp_path / "sp", vocab_size=40)
+    count = sum("text" in sample["json"] for sample in samples(tmp_path / "audio" / "train"))
+    for character in "Æ&Ж":
+        assert f"{character} {count} times" in caplog.text
+    assert "É" not in caplog.text and "é" not in caplog.text
+
+
+def test_transcripts_whose_sound_is_missing_or_too_long_are_counted(tmp_path):
+    layout = {"train": {"t1": [1.0, 2.0, 33.0, 1.0]}, "heldout": {"t9": [1.0]}}
+    corpus = SmallCorpus(tmp_path / "corpus", layout)
+    corpus.path("train", "t1", 1).unlink()
+    train, heldout = quick(corpus, tmp_path / "out").splits
+    assert (train.transcripts_without_piece, heldout.transcripts_without_piece) == (2, 0)
+    assert "2 transcripts not used" in train.describe()
+    assert "not used" not in heldout.describe()
 
 
 def test_sentencepiece_faults_are_one_line_each(corpus, tmp_path):

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import sentencepiece
 
-from speechssm.data.text import TextEncoder, normalise_text
+from speechssm.data.text import TextEncoder, characters_left_out, normalise_text
 from speechssm.errors import ConfigError
 
 
@@ -16,11 +16,22 @@ from speechssm.errors import ConfigError
         ("already UPPER'S  case\n", "ALREADY UPPER'S CASE"),
         ("1,000 — '", ""),
         ("the dogs' bowl", "THE DOGS BOWL"),
+        (
+            "Mr. Brontë's naïve Mrs Weiß; Dr.Mrozek",
+            "MISTER BRONTE'S NAIVE MISSUS WEISS DOCTOR MROZEK",
+        ),
     ],
 )
 def test_normalisation_keeps_letters_and_inner_apostrophes(raw, normal):
     assert normalise_text(raw) == normal
     assert normalise_text(normal) == normal
+
+
+def test_characters_outside_the_alphabet_are_counted_and_marks_are_not():
+    assert not characters_left_out("“Don´t—stop,” (he said) [now]: café; it's *all* «right» ...")
+    assert characters_left_out("Æsop & 2 Ж Ж 50% $5") == {
+        "Æ": 1, "&": 1, "2": 1, "Ж": 2, "5": 2, "0": 1, "%": 1, "$": 1,
+    }  # fmt: skip
 
 
 def test_text_encoder_is_lazy_and_pickles(tmp_path):

@@ -14,9 +14,8 @@ from speechssm.errors import CorpusError
 class SampleCorpus:
     """One file per document; `manifest.tsv` has one row per utterance.
 
-    Any folder with such a manifest will do, so this is also the shortest way to a corpus of one's
-    own. Columns that are read: split (train or heldout), document, file, speaker, chapter, start_s,
-    seconds, text (may be empty), synthetic (0 or 1).
+    Any folder with such a manifest will do. Columns that are read: split (train or heldout),
+    document, file, speaker, chapter, start_s, seconds, text (may be empty), synthetic (0 or 1).
     """
 
     name = "sample"
