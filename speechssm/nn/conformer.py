@@ -1,4 +1,4 @@
-"""Conformer encoder with full context: what the tokenizer and SoundStorm are made of.
+"""Conformer encoder that sees both ways: what the tokenizer and SoundStorm are made of.
 
 Source: Gulati et al. 2020 (macaron feed-forward, attention, convolution), with one change: the
 convolution module normalises with LayerNorm over channels instead of BatchNorm. BatchNorm mixes
@@ -7,7 +7,15 @@ on padding, it differs between training and evaluation, and it needs a reduction
 every layer. LayerNorm sees one frame: windows of a stream stay independent of each other, and the
 step has static shapes and no running state.
 
-Shapes: B batch, T time, D model width, F feed-forward width, N heads, H head width.
+Attention sees the whole window, or chunks of it (`chunk` frames): a frame then sees exactly the
+frames of its own chunk, as in the chunk-wise attention of USM (Zhang et al. 2023, chunks of 8 s).
+What is published limits the attention and says of no limit on the convolution, so ours has none:
+at each layer it reaches conv_kernel // 2 frames into the neighbouring chunk. Borders mean nothing
+in speech, and this way they leave no padding in the middle of it; the price is that what happens
+at a border can travel on, by a chunk a layer.
+
+Shapes: B batch, T time, D model width, F feed-forward width, N heads, H head width, R rows of
+attention (the batch, or all chunks of it), L frames in such a row (the window, or one chunk).
 """
 
 import torch
@@ -34,7 +42,7 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Pre-norm multi-head self-attention over the whole window."""
+    """Pre-norm multi-head self-attention over the whole window, or within chunks of it."""
 
     def __init__(self, width: int, num_heads: int, dropout: float = 0.0, rotary: bool = False):
         super().__init__()
@@ -51,23 +59,44 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, mask_R11L: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D].
+
+        Args:
+            mask_R11L: bool, True at keys that may be seen; with `chunk` as of `chunk_mask`, which
+                must leave out the frames that fill up the last chunk.
+            chunk: frames; None for the whole window.
+        """
         batch, length, width = x_BTD.shape
-        split = self.query_key_value(self.norm(x_BTD)).view(batch, length, 3, self.num_heads, -1)
-        query_BTNH, key_BTNH, value_BTNH = split.unbind(2)
+        split = self.query_key_value(self.norm(x_BTD))
+        row = length if chunk is None else chunk
+        filling = -length % row
+        if filling:
+            split = F.pad(split, (0, 0, 0, filling))
+        split = split.reshape(-1, row, 3, self.num_heads, width // self.num_heads)
+        query_RLNH, key_RLNH, value_RLNH = split.unbind(2)
         if self.rotary:
-            position_1T = torch.arange(length, device=x_BTD.device)[None]
-            query_BTNH = apply_rotary(query_BTNH, position_1T)
-            key_BTNH = apply_rotary(key_BTNH, position_1T)
-        mixed_BNTH = F.scaled_dot_product_attention(
-            query_BTNH.transpose(1, 2),
-            key_BTNH.transpose(1, 2),
-            value_BTNH.transpose(1, 2),
-            attn_mask=mask_B11T,
+            # Only distances count, and within a chunk they are what they are in the window.
+            position_1L = torch.arange(row, device=x_BTD.device)[None]
+            query_RLNH = apply_rotary(query_RLNH, position_1L)
+            key_RLNH = apply_rotary(key_RLNH, position_1L)
+        mixed_RNLH = F.scaled_dot_product_attention(
+            query_RLNH.transpose(1, 2),
+            key_RLNH.transpose(1, 2),
+            value_RLNH.transpose(1, 2),
+            attn_mask=mask_R11L,
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
-        mixed_BTD = mixed_BNTH.transpose(1, 2).reshape(batch, length, width)
-        return self.dropout(self.output(mixed_BTD))
+        mixed_BTD = mixed_RNLH.transpose(1, 2).reshape(batch, length + filling, width)
+        return self.dropout(self.output(mixed_BTD[:, :length]))
+
+
+def chunk_mask(valid_BT: Tensor, chunk: int) -> Tensor:
+    """Bool [B * chunks, chunk]: the valid frames of each chunk; what fills up the last is not."""
+    filling = -valid_BT.shape[1] % chunk
+    return F.pad(valid_BT, (0, filling), value=False).reshape(-1, chunk)
 
 
 class ConvolutionModule(nn.Module):
@@ -121,10 +150,14 @@ class ConformerBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, x_BTD: Tensor, mask_B11T: Tensor | None = None, valid_BT1: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        mask_R11L: Tensor | None = None,
+        valid_BT1: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         x_BTD = x_BTD + 0.5 * self.feed_forward_in(x_BTD)
-        x_BTD = x_BTD + self.attention(x_BTD, mask_B11T)
+        x_BTD = x_BTD + self.attention(x_BTD, mask_R11L, chunk)
         x_BTD = x_BTD + self.convolution(x_BTD, valid_BT1)
         x_BTD = x_BTD + 0.5 * self.feed_forward_out(x_BTD)
         return self.norm(x_BTD)
@@ -149,21 +182,40 @@ class Conformer(nn.Module):
             for _ in range(num_layers)
         )
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D]; every frame sees every valid frame of its row.
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D].
 
         Args:
             x_BTD: features; what invalid frames hold does not matter, as long as it is finite.
             valid_BT: bool, False at padding; None means that all frames are valid. Invalid frames
                 come out as zeros, and valid ones as if the padding were not there.
+            chunk: frames [0, chunk), [chunk, 2 chunk), ... attend among themselves, at a cost
+                that grows with T * chunk; None: every frame sees every valid frame of its row.
+
+        Raises:
+            ConfigError: `chunk` below one frame.
         """
-        if valid_BT is None:
-            for layer in self.layers:
-                x_BTD = layer(x_BTD)
-            return x_BTD
-        # A row without any valid frame attends everywhere: a softmax over nothing would be NaN.
-        mask_BT = valid_BT | ~valid_BT.any(dim=-1, keepdim=True)
-        mask_B11T, valid_BT1 = mask_BT[:, None, None, :], valid_BT[:, :, None]
+        if chunk is not None and chunk < 1:
+            raise ConfigError(f"conformer: chunk must be at least one frame, not {chunk}")
+        batch, length, _ = x_BTD.shape
+        if chunk is not None and chunk >= length:
+            chunk = None
+        mask_RL, valid_BT1 = valid_BT, None
+        if valid_BT is not None:
+            valid_BT1 = valid_BT[:, :, None]
+        elif chunk is not None and length % chunk:
+            mask_RL = torch.ones(batch, length, dtype=torch.bool, device=x_BTD.device)
+        mask_R11L = None
+        if mask_RL is not None:
+            if chunk is not None:
+                mask_RL = chunk_mask(mask_RL, chunk)
+            # A row without any valid frame attends everywhere: a softmax over nothing is NaN.
+            mask_RL = mask_RL | ~mask_RL.any(dim=-1, keepdim=True)
+            mask_R11L = mask_RL[:, None, None, :]
         for layer in self.layers:
-            x_BTD = layer(x_BTD, mask_B11T, valid_BT1)
+            x_BTD = layer(x_BTD, mask_R11L, valid_BT1, chunk)
+        if valid_BT1 is None:
+            return x_BTD
         return torch.where(valid_BT1, x_BTD, torch.zeros_like(x_BTD))

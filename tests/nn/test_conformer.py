@@ -1,12 +1,14 @@
 """Conformer: parity with torch's own attention, independence from padding, full context."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from speechssm.errors import ConfigError
-from speechssm.nn.conformer import Conformer, ConformerBlock
+from speechssm.nn.conformer import Conformer, ConformerBlock, SelfAttention
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +97,51 @@ def test_rotary_tells_positions_apart_where_plain_attention_does_not():
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ConfigError):
         ConformerBlock(**{"width": 16, "num_heads": 4, "ffn_width": 8, "conv_kernel": 3, **wrong})
+
+
+class MaskedAttention(torch.nn.Module):
+    """`SelfAttention` of the whole window under a [T, T] mask that says what is in one chunk."""
+
+    def __init__(self, attention: SelfAttention, length: int, chunk: int):
+        super().__init__()
+        number = torch.arange(length) // chunk
+        self.attention, self.sees_TT = attention, number[:, None] == number[None]
+
+    def forward(self, x, mask_B11T=None, chunk=None):
+        allowed = self.sees_TT if mask_B11T is None else self.sees_TT & mask_B11T
+        # So that a softmax over nothing is no NaN; frames that need this are padding.
+        return self.attention(x, allowed | torch.eye(x.shape[1], dtype=torch.bool))
+
+
+@pytest.mark.parametrize("length, chunk", [(12, 4), (13, 5), (7, 1), (6, 6), (6, 9)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunks_equal_full_attention_with_a_mask(length, chunk, padded):
+    model = Conformer(3, width=16, num_heads=2, ffn_width=32, conv_kernel=5, rotary=True)
+    reference = copy.deepcopy(model)
+    for layer in reference.layers:
+        layer.attention = MaskedAttention(layer.attention, length, chunk)
+    x = torch.randn(2, length, 16, requires_grad=True)
+    valid = torch.arange(length)[None] < torch.tensor([[length], [length // 3]]) if padded else None
+    output, expected = model(x, valid, chunk), reference(x, valid)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(2, length, 16)
+    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (output, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("conv_kernel", [1, 5])
+def test_over_the_border_of_a_chunk_only_the_convolution_reaches(conv_kernel):
+    model = Conformer(1, width=16, num_heads=2, ffn_width=32, conv_kernel=conv_kernel, rotary=True)
+    x = torch.randn(1, 16, 16)
+    changed = x.clone()
+    changed[0, 8] = torch.randn(16)  # the first frame of the second chunk
+    difference = (model(x, chunk=8) - model(changed, chunk=8))[0].abs().amax(dim=-1)
+    reach = conv_kernel // 2
+    assert (difference[8 - reach :] > 1e-6).all() and (difference[: 8 - reach] == 0).all()
+
+
+def test_a_chunk_without_a_frame_is_refused():
+    with pytest.raises(ConfigError, match="chunk"):
+        Conformer(1, width=16, num_heads=2, ffn_width=32, conv_kernel=3)(
+            torch.randn(1, 4, 16), chunk=0
+        )
