@@ -6,6 +6,7 @@ With a manifest, one row per file:
     document, or chapter               files of one speaker that share it are one document
     set                                name of a part of the corpus
     transcript                         the words of the whole file
+    transcript_source                  where they come from
     sentences                          table of start_s, end_s, text for a file of many sentences
     synthetic                          1 or 0; without this column files with `sentences` are 1
 
@@ -66,6 +67,7 @@ class FolderCorpus:
         leave_out: Sequence[str] = (),
         heldout_share: float = 0.1,
         join_seconds: float = 15.0,
+        transcript_sources: Sequence[str] = (),
     ) -> None:
         """Describe the corpus; nothing is read yet.
 
@@ -78,6 +80,8 @@ class FolderCorpus:
             heldout_share: share of the speakers, 0 ... 1, that the hash holds out: a speaker keeps
                 its split when others are added. Never none and never all of them.
             join_seconds: sentences of one file are joined to utterances of up to this length.
+            transcript_sources: patterns; transcripts from other sources are not used (a
+                recogniser's, for instance). Empty: all are, as is what names no source.
         """
         if not source:
             raise CorpusError("corpus=folder needs source=FOLDER, or source=[FOLDER,FOLDER]")
@@ -92,6 +96,7 @@ class FolderCorpus:
         self.leave_out = tuple(leave_out)
         self.heldout_share = heldout_share
         self.join_seconds = join_seconds
+        self.transcript_sources = tuple(transcript_sources)
 
     def recordings(self, split: Split) -> Iterator[Recording]:
         """Recordings of a split.
@@ -207,7 +212,8 @@ class FolderCorpus:
                 sentences = _sentences(folder / row["sentences"])
                 utterances = tuple(_joined(sentences, self.join_seconds))
             else:
-                utterances = (Utterance(_spoken(row.get("transcript", ""))),)
+                used = self._uses(row.get("transcript_source", ""))
+                utterances = (Utterance(_spoken(row.get("transcript", "")) if used else None),)
             recordings.append(
                 Recording(
                     path=folder / row["path"],
@@ -222,6 +228,10 @@ class FolderCorpus:
             name, speaker, rows[0].get("set", ""), chapter,
             tuple(row["path"] for row in rows), tuple(recordings),
         )  # fmt: skip
+
+    def _uses(self, source: str) -> bool:
+        patterns = self.transcript_sources
+        return not source or not patterns or any(fnmatchcase(source, p) for p in patterns)
 
 
 def _matches(document: _Document, name: str) -> bool:

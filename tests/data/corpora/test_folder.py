@@ -119,6 +119,22 @@ def test_marks_of_sentences_are_no_words(utterances):
     assert recordings["heldout"][0].utterances[0].text is None
 
 
+def test_transcripts_of_other_sources_are_not_used(utterances):
+    rows = [["clean/a1/a1-0.flac", "anna", "one", "official (x)"],
+            ["clean/a1/a1-1.flac", "anna", "two", "a recogniser"],
+            ["clean/a2/a2-0.flac", "anna", "three", ""],
+            ["other/c1/c1-0.flac", "cara", "four", "official"]]  # fmt: skip
+    columns = ["path", "speaker", "transcript", "transcript_source"]
+    write_table(utterances / "manifest.tsv", columns, rows)
+
+    def texts(*sources):
+        corpus = FolderCorpus(utterances, ["cara"], transcript_sources=sources)
+        return [recording.utterances[0].text for recording in corpus.recordings("train")]
+
+    assert texts("official*") == ["one", None, "three"]
+    assert texts() == ["one", "two", "three"]
+
+
 def test_a_hash_of_the_speaker_holds_out_about_the_share_and_stays(tmp_path):
     rows = [[f"{n}.wav", f"speaker{n // 2}", "", f"c{n}", ""] for n in range(1000)]
     write_table(tmp_path / "manifest.tsv", UTTERANCES, rows)
