@@ -1,0 +1,48 @@
+"""The scripts of the experiments: every command that they run exists, with its keys and values."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from speechssm.configuration import compose
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+# Stands for `speechssm` and `python`: writes down its words, one command after the other.
+STUB = """#!/usr/bin/env bash
+if [ "${0##*/}" = speechssm ]; then printf '%s\\n' "$@" '' >> "$COMMANDS"; fi
+"""
+
+
+def commands(script: str, words: list[str], folder: Path, **environment: str) -> list[list[str]]:
+    """The words of each `speechssm` command that the script runs."""
+    for name in ("speechssm", "python"):
+        (folder / name).write_text(STUB)
+        (folder / name).chmod(0o755)
+    environment |= {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "COMMANDS": str(folder / "commands"),
+        "FOLDER": str(folder / "out"),
+    }
+    subprocess.run(
+        ["bash", EXPERIMENTS / script, *words],
+        check=True, capture_output=True, cwd=folder, env=os.environ | environment,
+    )  # fmt: skip
+    blocks = (folder / "commands").read_text().rstrip("\n").split("\n\n")
+    return [block.split("\n") for block in blocks]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "environment", "verbs"),
+    [
+        ("demo/run.sh", [], {}, {"prepare", "train", "tokenize", "encode", "generate", "evaluate",
+                                 "bench", "report"}),
+        ("throughput/cpu.sh", [], {}, {"bench"}),
+    ],
+)  # fmt: skip
+def test_every_command_of_a_script_exists(script, words, environment, verbs, tmp_path):
+    found = commands(script, words, tmp_path, **environment)
+    for verb, *rest in found:
+        compose(verb, [word for word in rest if "=" in word])
+    assert {verb for verb, *_ in found} == verbs
