@@ -13,7 +13,7 @@ class LogMelFeatures(nn.Module):
 
     def __init__(self, num_mels: int = 80, sample_rate: int = 16_000):
         super().__init__()
-        self.config = {"features": "log_mel", "num_mels": num_mels, "sample_rate": sample_rate}
+        self.config = {"num_mels": num_mels, "sample_rate": sample_rate}
         self.sample_rate = sample_rate
         self.hop_length = sample_rate // 25
         self.width = FRAMES_PER_UNIT * num_mels
