@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import numpy as np
 import soundfile
 
 from speechssm.audio.io import read_audio, write_audio
+from speechssm.data.corpora.manifest import read_table
 from speechssm.errors import CorpusError, SpeechSSMError
 
 RATE = 16_000
@@ -74,12 +75,9 @@ class Document:
         self.rows.append(row | {"start_s": f"{start:.6f}", "seconds": f"{len(audio) / RATE:.6f}"})
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a tab-separated table with a header."""
-    if not path.exists():
-        raise CorpusError(f"{path} is missing: see the head of build.py for the expected folders")
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+def rows_of(path: Path, columns: Collection[str]) -> list[dict[str, str]]:
+    """Rows of a tab-separated table with a header that has these columns."""
+    return [row for _, row in read_table(path, columns)]
 
 
 def utterance_row(source: dict[str, str]) -> dict[str, str]:
@@ -154,11 +152,13 @@ def single_documents(speech: Path, table: list[dict[str, str]]) -> Iterator[Docu
 
 def synthetic_documents(speech_tts: Path) -> Iterator[Document]:
     """Synthesised chapters, cut at the first end of a sentence past 16.3 minutes."""
-    for source in read_table(speech_tts / "manifest.tsv"):
+    for source in rows_of(
+        speech_tts / "manifest.tsv", ("path", "speaker", "document", "sentences")
+    ):
         name = source["document"]
         if name not in SYNTHETIC:
             continue
-        sentences = read_table(speech_tts / source["sentences"])
+        sentences = rows_of(speech_tts / source["sentences"], ("start_s", "end_s", "text"))
         number = next(
             index for index, row in enumerate(sentences) if float(row["end_s"]) > SYNTHETIC_SECONDS
         )
@@ -189,7 +189,7 @@ def build(speech: Path, speech_tts: Path, out: Path) -> None:
     manifest = out / "manifest.tsv"
     if manifest.exists():
         raise CorpusError(f"{manifest} exists: build into an empty folder")
-    table = read_table(speech / "manifest.tsv")
+    table = rows_of(speech / "manifest.tsv", ("path", "speaker", "set", "chapter", "transcript"))
     rows: list[dict[str, str]] = []
     total = 0
     for documents in (
