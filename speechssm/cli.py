@@ -16,7 +16,7 @@ from speechssm import __version__
 from speechssm.errors import ConfigError, SpeechSSMError
 
 VERBS = {
-    "prepare": "audio shards of a corpus; `prepare sentencepiece` fits a text model",
+    "prepare": "audio shards of a corpus; text models, k-means and other systems' tokenizers",
     "train": "train one stage, or sweep (the same as python train.py)",
     "tokenize": "unit shards of audio shards, by a trained tokenizer",
     "encode": "code shards of audio shards, by a trained codec",
@@ -168,29 +168,68 @@ def verb_help(verb: str) -> str:
 
 def prepare(config: dict[str, Any]) -> None:
     from speechssm.configuration import choose
-    from speechssm.data.prepare import prepare as prepare_corpus
-    from speechssm.data.text import prepare_sentencepiece
 
-    subject = choose("subject", config.get("subject") or "corpus", ("corpus", "sentencepiece"))
-    if subject == "sentencepiece":
-        if not config["data"]:
-            from speechssm.errors import ConfigError
+    subject = choose("subject", config.get("subject") or "corpus", tuple(PREPARATIONS))
+    for key in ("vocab_size", "pool_size"):
+        value = config[key]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{key}={value} must be a whole number")
+    if subject in ("sentencepiece", "kmeans") and not config["data"]:
+        raise ConfigError("data is not set; add data=FOLDER, the out of an earlier prepare")
+    print(PREPARATIONS[subject](config))
 
-            raise ConfigError("data is not set; add data=FOLDER, the out of an earlier prepare")
-        path = prepare_sentencepiece(
-            config["data"],
-            config["out"],
-            vocab_size=config["vocab_size"],
-            model_type=config["model_type"],
-        )
-        print(path)
-        return
+
+def prepare_corpus(config: dict[str, Any]) -> str:
     from hydra.utils import instantiate
+
+    from speechssm.data.prepare import prepare as write
 
     options = ("segment_seconds", "minimum_seconds", "sample_rate", "shard_megabytes", "workers")
     corpus = instantiate(config["corpus"])
-    summary = prepare_corpus(corpus, config["out"], **{key: config[key] for key in options})
-    print(summary.describe())
+    options = {key: config[key] for key in (*options, "progress")}
+    return write(corpus, config["out"], **options).describe()
+
+
+def prepare_sentencepiece(config: dict[str, Any]) -> Path:
+    from speechssm.data.text import prepare_sentencepiece as fit
+
+    return fit(
+        config["data"],
+        config["out"],
+        vocab_size=64 if config["vocab_size"] is None else config["vocab_size"],
+        model_type=config["model_type"],
+    )
+
+
+def prepare_kmeans(config: dict[str, Any]) -> Path:
+    from hydra.utils import instantiate
+
+    from speechssm.adaptation import prepare_kmeans as fit
+
+    features = instantiate(config["features"])
+    keys = ("seed", "pool_size", "passes", "max_hours", "device", "progress")
+    options = {key: config[key] for key in keys}
+    options["vocab_size"] = 500 if config["vocab_size"] is None else config["vocab_size"]
+    return fit(features, config["data"], config["out"], **options)
+
+
+def prepare_tokenizer(config: dict[str, Any]) -> Path:
+    from hydra.utils import instantiate
+
+    from speechssm.adaptation import prepare_tokenizer as write
+    from speechssm.configuration import group_options
+
+    if not config.get("adapter"):
+        raise ConfigError(f"adapter is not set; add adapter={'|'.join(group_options('adapter'))}")
+    return write(instantiate(config["adapter"]), config["out"])
+
+
+PREPARATIONS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "corpus": prepare_corpus,
+    "sentencepiece": prepare_sentencepiece,
+    "kmeans": prepare_kmeans,
+    "tokenizer": prepare_tokenizer,
+}
 
 
 def tokenize(config: dict[str, Any]) -> None:

@@ -52,8 +52,8 @@ def test_every_yaml_composes(file: str) -> None:
     group, _, name = file.rpartition("/")
     if not group:
         assert compose(name).paths.root
-    elif group == "corpus":
-        assert "_target_" in compose("prepare", [f"corpus={name}"]).corpus
+    elif group in ("corpus", "features", "adapter"):
+        assert "_target_" in compose("prepare", [f"{group}={name}"])[group]
     else:
         overrides = [*overrides_for(group, name), "data.folder=shards"]
         if group == "hydra/launcher":
