@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from queue import Full, Queue
 from threading import Event
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from speechssm.audio.io import encode_flac
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 # Pieces that a thread may cut before they are needed: half an hour of speech, some 40 MB.
 _PIECES_AHEAD = 64
 _MAX_DOCUMENT_KEY = 180
+# Silent: the loudest sample is 60 dB below full scale. Clipped: so large a share is at full scale.
+_SILENT_LEVEL = 1e-3
+_CLIPPING_LEVEL, _CLIPPING_SHARE = 0.999, 1e-3
 _DIGIT = re.compile(r"\d")
 
 Item = TypeVar("Item")
@@ -45,6 +49,7 @@ Result = TypeVar("Result")
 class SplitSummary:
     """What a split's shards hold. `skipped` counts left-out recordings by reason.
 
+    Silent and clipped pieces are kept, and counted so that they are known of.
     Transcripts that are not used are those with digits, and those without a piece of their own:
     the sound is missing, ends too early, or is longer than a piece.
     """
@@ -58,6 +63,8 @@ class SplitSummary:
     shards: int
     transcripts_with_digits: int
     transcripts_without_piece: int
+    silent_pieces: int
+    clipped_pieces: int
     skipped: dict[str, int]
 
     def describe(self) -> str:
@@ -76,6 +83,10 @@ class SplitSummary:
                 f"; {self.transcripts_without_piece} transcripts not used, their sound is missing "
                 "or longer than a piece"
             )
+        if self.silent_pieces:
+            line += f"; silent pieces: {self.silent_pieces}"
+        if self.clipped_pieces:
+            line += f"; clipped pieces: {self.clipped_pieces}"
         if self.skipped:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             line += f"; skipped: {counts}"
@@ -194,7 +205,9 @@ def _prepare_split(
     """Write one split."""
     sample_rate = settings["sample_rate"]
 
-    def encode(document: list[Recording]) -> Iterator[Skip | tuple[bytes, dict[str, Any]]]:
+    def encode(
+        document: list[Recording],
+    ) -> Iterator[Skip | tuple[bytes, dict[str, Any], Counter[str]]]:
         for piece in cut_document(
             document,
             sample_rate=sample_rate,
@@ -218,7 +231,7 @@ def _prepare_split(
                 entry["text"] = piece.text
             if piece.synthetic:
                 entry["synthetic"] = True
-            yield encode_flac(piece.audio, sample_rate), entry
+            yield encode_flac(piece.audio, sample_rate), entry, _defects(piece.audio)
 
     def counted(recordings: Iterator[Recording]) -> Iterator[Recording]:
         for recording in recordings:
@@ -233,6 +246,8 @@ def _prepare_split(
         "synthetic_seconds": 0.0,
         "transcripts_with_digits": 0,
         "transcripts_without_piece": 0,
+        "silent_pieces": 0,
+        "clipped_pieces": 0,
     }
     skipped = 0
     previous: tuple[str, str] | None = None  # document's base name and the name of its part
@@ -249,7 +264,9 @@ def _prepare_split(
                 logger.warning("skipped: %s", result.message)
                 writer.skip(result.name, result.reason)
             else:
-                flac, entry = result
+                flac, entry, defects = result
+                for name, count in defects.items():
+                    totals[name] += count
                 if "text" in entry:
                     totals["transcripts_without_piece"] -= 1
                 if _DIGIT.search(entry.get("text", "")):
@@ -285,6 +302,15 @@ def _prepare_split(
     return writer.index
 
 
+def _defects(audio: np.ndarray) -> Counter[str]:
+    """Which of the totals `silent_pieces` and `clipped_pieces` a piece (float32 [S]) counts for."""
+    level = np.abs(audio)
+    return Counter(
+        silent_pieces=int(level.max(initial=0.0) < _SILENT_LEVEL),
+        clipped_pieces=int((level > _CLIPPING_LEVEL).mean() > _CLIPPING_SHARE),
+    )
+
+
 def _document_key(document: str) -> str:
     """A key that is unique where the document's name is."""
     key = clean_key(document)
@@ -305,6 +331,8 @@ def _summarise(split: str, index: ShardIndex) -> SplitSummary:
         shards=len(index.shards),
         transcripts_with_digits=metadata["transcripts_with_digits"],
         transcripts_without_piece=metadata.get("transcripts_without_piece", 0),
+        silent_pieces=metadata.get("silent_pieces", 0),
+        clipped_pieces=metadata.get("clipped_pieces", 0),
         skipped=index.skipped,
     )
 

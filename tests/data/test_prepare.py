@@ -305,6 +305,36 @@ def test_transcripts_whose_sound_is_missing_or_too_long_are_counted(tmp_path):
     assert "not used" not in heldout.describe()
 
 
+def test_silent_and_clipped_pieces_are_kept_and_counted(tmp_path):
+    layout = {"train": {"t1": [1.0, 1.0, 1.0, 1.0]}, "heldout": {"t9": [1.0]}}
+    corpus = SmallCorpus(tmp_path / "corpus", layout)
+    noise = np.random.default_rng(0).uniform(-1, 1, RATE)
+    for number, gain in enumerate((0.0, 5e-4, 1.2)):
+        audio = np.clip(gain * noise, -1, 1)
+        soundfile.write(corpus.path("train", "t1", number), audio, RATE)
+    train, heldout = quick(corpus, tmp_path / "out").splits
+    assert (train.samples, train.silent_pieces, train.clipped_pieces) == (4, 2, 1)
+    assert (heldout.silent_pieces, heldout.clipped_pieces) == (0, 0)
+    assert "silent pieces: 2; clipped pieces: 1" in train.describe()
+    assert "pieces: " not in heldout.describe()
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
+def test_every_common_rate_becomes_that_of_the_shards(tmp_path, rate):
+    layout = {"train": {"t1": [1.0, 1.0]}, "heldout": {"t9": [1.0]}}
+    corpus = SmallCorpus(tmp_path / "corpus", layout)
+    time = np.arange(2 * rate) / rate
+    soundfile.write(corpus.path("train", "t1", 0), 0.5 * np.sin(2 * np.pi * 440 * time), rate)
+    soundfile.write(corpus.path("train", "t1", 1), np.zeros(rate // 20), rate)  # 0.05 s
+    train, _ = quick(corpus, tmp_path / "out").splits
+    assert train.skipped == {"too short": 1} and train.seconds == pytest.approx(2.0, abs=1e-3)
+    (sample,) = samples(tmp_path / "out" / "train")
+    audio, found = read_audio(sample["flac"])
+    spectrum = np.abs(np.fft.rfft(audio))
+    assert found == RATE
+    assert np.argmax(spectrum) / 2 == pytest.approx(440, abs=1)
+
+
 def test_sentencepiece_faults_are_one_line_each(corpus, tmp_path):
     with pytest.raises(ShardError, match="prepare"):
         prepare_sentencepiece(tmp_path / "nothing", tmp_path / "sp")
