@@ -95,7 +95,8 @@ def window_agreement(
     wanted = (
         [overlap, 0] if overlaps is None else [_even(each * rate_Hz / hop) for each in overlaps]
     )
-    resampled = [resample(np.asarray(audio, np.float32), rate, rate_Hz) for audio in audios]
+    most = MOST_WINDOWS * tokenizer.spec.window * rate // rate_Hz
+    resampled = [resample(np.asarray(audio[:most], np.float32), rate, rate_Hz) for audio in audios]
 
     def compare(window: int, longest: int | None) -> list[WindowAgreement]:
         specs = [WindowSpec(window, each) for each in dict.fromkeys(wanted) if each < window]
