@@ -53,7 +53,7 @@ main() {
         soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream"
 
     say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
-    run speechssm evaluate tokenizer data="$FOLDER/units" tokenizer="$FOLDER/tokenizer" \
+    run speechssm evaluate tokenizer data="$FOLDER/audio" tokenizer="$FOLDER/tokenizer" \
         out="$FOLDER/evaluation/tokenizer"
     run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
         out="$FOLDER/evaluation/codec"

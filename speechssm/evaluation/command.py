@@ -1,6 +1,6 @@
 """`speechssm evaluate SUBJECT`: loads what the config names and calls the subject's function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,56 @@ def evaluate(config: Mapping[str, Any]) -> list[Row]:
 
 
 def evaluate_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
-    from speechssm.evaluation.tokenizer import evaluate_tokenizer
+    """`tokenizer` may be one run folder, weights, or a list of such."""
+    from speechssm.evaluation.tokenizer.evaluate import Candidate, evaluate_tokenizer
 
-    tokenizer = config.get("tokenizer")
-    details = run_details("tokenizer", tokenizer) if tokenizer else {}
-    if tokenizer:
-        model = load("tokenizer", tokenizer, device=device_of(config))
-        check_tokens("tokenizer", {"tokenizer_fingerprint": model.fingerprint}, config["data"])
-    options.pop("seed")  # nothing is drawn
-    return evaluate_tokenizer(config["data"], config["out"], details=details, **options)
+    named = config.get("tokenizer")
+    paths = [str(path) for path in named] if isinstance(named, (list, tuple)) else [named]
+    paths = [path for path in paths if path] or [named_model(config, "tokenizer")]
+    candidates = []
+    for name, path in zip(short_names(paths), paths, strict=True):
+        tokenizer = load("tokenizer", path, device=device_of(config))
+        run = run_of("tokenizer", path)
+        candidates.append(
+            Candidate(
+                name,
+                tokenizer,
+                run_details("tokenizer", path),
+                masked_prediction(run),
+                text_model_of(run) if getattr(tokenizer.model, "text_vocab_size", 0) else None,
+            )
+        )
+    return evaluate_tokenizer(
+        candidates, config["data"], config["out"], fit=config.get("fit"), **options
+    )
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart.
+
+    Raises:
+        ConfigError: one is named twice.
+    """
+    parts = [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"the same is named twice: {', '.join(paths)}")
+
+
+def masked_prediction(run: Run | None) -> tuple[float, float] | None:
+    """Last held-out nats per masked target of a tokenizer's run, and those of their unigram."""
+    if run is None:
+        return None
+    loss, unigram = run.last("val/mlm_loss"), run.last("val/mlm_unigram_loss")
+    return None if loss is None or unigram is None else (loss, unigram)
+
+
+def text_model_of(run: Run | None) -> Path | None:
+    """The sentencepiece model of a tokenizer's run, where it still lies in its place."""
+    path = ((run.config.get("data") or {}) if run else {}).get("text_model")
+    return Path(path) if path and Path(path).is_file() else None
 
 
 def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:

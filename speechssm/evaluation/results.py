@@ -35,12 +35,16 @@ def write_results(
     *,
     comparisons: Iterable[Comparison] = (),
     title: str = "",
+    preface: str = "",
     file: str = "metrics.json",
     sections: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `file` and table.md into `out`; both atomically. Returns the path of `file`."""
+    """Write `file` and table.md into `out`; both atomically. Returns the path of `file`.
+
+    `preface` stands between the title and the rows of table.md.
+    """
     out, rows, comparisons = Path(out), list(rows), list(comparisons)
-    text = f"# {title}\n\n" if title else ""
+    text = (f"# {title}\n\n" if title else "") + preface
     text += rows_table(rows).markdown() + "\n"
     if comparisons:
         text += "\n## Against trivial baselines\n\n"

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from speechssm.benchmark import command as bench_command
 from speechssm.benchmark.pipeline import run_pipeline
@@ -14,8 +15,11 @@ from speechssm.evaluation import command
 from speechssm.evaluation.acoustic import evaluate_acoustic
 from speechssm.evaluation.codec import evaluate_codec
 from speechssm.evaluation.likelihood import evaluate_likelihood
-from speechssm.evaluation.tokenizer import evaluate_tokenizer
+from speechssm.evaluation.tokenizer.evaluate import evaluate_tokenizer
 from speechssm.report.rows import read_rows
+from speechssm.tokenizer.adapters import LogMelFeatures
+from speechssm.tokenizer.kmeans import KMeansTokenizer
+from speechssm.tokenizer.windowed import WindowedTokenizer
 
 FUNCTIONS = {
     "tokenizer": evaluate_tokenizer,
@@ -37,12 +41,30 @@ def test_every_subject_has_options_that_its_function_knows_at_the_same_defaults(
             assert value == (list(default) if isinstance(default, tuple) else default), name
 
 
-def test_a_subject_runs_from_its_config(unit_shards, tmp_path):
-    config = compose(
-        "evaluate", ["subject=tokenizer", f"data={unit_shards}", f"out={tmp_path / 'out'}"]
-    )
-    command.evaluate(config)
-    assert read_rows(tmp_path / "out" / "metrics.json")[0].name == "unit_perplexity"
+def test_a_subject_runs_from_its_config(audio_shards, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network = KMeansTokenizer(LogMelFeatures(), 8)
+    network.centroids_VD.normal_()
+    monkeypatch.setattr(command, "load", lambda stage, path, device: WindowedTokenizer(network))
+    monkeypatch.setattr(command, "run_of", lambda stage, path: None)
+    words = [
+        "subject=tokenizer",
+        f"data={audio_shards}",
+        f"out={tmp_path / 'out'}",
+        "tokenizer=[some/a,some/b]",
+        "options.tokenizer.synthetic=true",
+        "options.tokenizer.measures=[units]",
+    ]
+    command.evaluate(OmegaConf.to_container(compose("evaluate", words), resolve=True))
+    rows = read_rows(tmp_path / "out" / "metrics.json")
+    assert {row.system for row in rows if row.name == "unit_perplexity"} == {"a", "b"}
+
+
+def test_names_are_the_last_parts_that_tell_paths_apart():
+    assert command.short_names(["x/a", "y/b"]) == ["a", "b"]
+    assert command.short_names(["runs/x/a", "runs/y/a"]) == ["x/a", "y/a"]
+    with pytest.raises(ConfigError, match="named twice: x/a, x/a"):
+        command.short_names(["x/a", "x/a"])
 
 
 def test_shards_of_another_tokenizer_are_refused(unit_shards):
