@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 # Rows that are compared with all centroids at once.
 CHUNK_ROWS = 8192
 # The full iterations end when the mean squared distance falls by less than this share.
-TOLERANCE = 1e-4
+TOLERANCE = 5e-4
 MAX_ITERATIONS = 100
 # k-means++ costs V passes over what it chooses from; beyond some dozen vectors for each cluster a
 # larger choice makes no difference that the full iterations would not even out.

@@ -62,7 +62,7 @@ def test_full_iterations_end_where_no_centroid_moves():
     assert inertia(pool, centroids) < 0.8 * inertia(pool, started)
     assert last.squared_distance / 3000 == pytest.approx(inertia(pool, centroids), rel=1e-4)
     moved = inertia(pool, last.mean(centroids))
-    assert (1 - 2e-4) * inertia(pool, centroids) < moved <= inertia(pool, centroids)
+    assert (1 - 1e-3) * inertia(pool, centroids) < moved <= inertia(pool, centroids)
 
 
 def test_minibatch_updates_end_at_the_mean_of_all_members(monkeypatch):

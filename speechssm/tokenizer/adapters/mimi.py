@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from speechssm.errors import CheckpointError, ConfigError
 from speechssm.tokenizer.adapters.hub import local_path
+from speechssm.tokenizer.adapters.plain import plain
 
 EXAMPLE = "kyutai/mimi"
 # What a saved config of transformers says about itself rather than about the architecture.
@@ -54,7 +55,7 @@ class MimiTokenizer(nn.Module):
     def __init__(self, architecture: Mapping[str, Any] | None = None):
         super().__init__()
         package = transformers()
-        self.config = {"architecture": dict(architecture or {})}
+        self.config = {"architecture": plain(architecture or {})}
         try:
             config = package.MimiConfig(**self.config["architecture"])
             network = package.MimiModel(config)

@@ -11,6 +11,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from speechssm.errors import CheckpointError, ConfigError
+from speechssm.tokenizer.adapters.plain import plain
 
 # All these encoders share one convolutional front: 400 samples wide, 320 apart.
 FRAME_WIDTH, FRAME_HOP = 400, 320
@@ -62,7 +63,8 @@ class SelfSupervisedFeatures(nn.Module):
         pipeline = pipeline_of(bundle)
         if rate not in RATES:
             raise ConfigError(f"self-supervised features: rate must be 25 or 50, not {rate}")
-        sizes = {**pipeline._params, **(architecture or {})}
+        architecture = plain(architecture or {})
+        sizes = {**pipeline._params, **architecture}
         num_layers = sizes["encoder_num_layers"]
         if not 1 <= layer <= num_layers:
             raise ConfigError(f"{bundle}: layer must be 1 ... {num_layers}, not {layer}")
@@ -73,7 +75,7 @@ class SelfSupervisedFeatures(nn.Module):
         self.encoder = build(**{**sizes, "aux_num_out": None}).eval()
         self.config = {"bundle": bundle, "layer": layer, "rate": rate}
         if architecture:
-            self.config["architecture"] = dict(architecture)
+            self.config["architecture"] = architecture
         self.sample_rate = SAMPLE_RATE
         self.rate = rate
         self.hop_length = SAMPLE_RATE // rate

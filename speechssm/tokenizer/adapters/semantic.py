@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 # Of `SemanticTokenizer`: everything above the features, which k-means does without.
-ABOVE = ("quantizer", "upper", "targets", "target_head", "text_head")
+ABOVE = ("quantizer", "upper", "targets", "target_head", "text_head", "teacher_head")
 
 
 class SemanticFeatures(nn.Module):
