@@ -45,6 +45,9 @@ class AudioCrops(_Crops):
         seed, mix_shards: see SampleOrder.
         text: None to leave transcripts out.
         max_text_length: L; a longer transcript counts as none.
+        join: fill a row with the samples that follow in the same document, as many as fit whole:
+            utterances are mostly much shorter than a row. A row then has a transcript if all of
+            them do; one without ends the row after those that have one, and the reverse.
     """
 
     def __init__(
@@ -57,10 +60,12 @@ class AudioCrops(_Crops):
         mix_shards: int,
         text: TextEncoder | None,
         max_text_length: int,
+        join: bool = False,
     ) -> None:
         super().__init__(index, seed, mix_shards)
         self.num_samples, self.sample_rate = num_samples, sample_rate
         self.text, self.max_text_length = text, max_text_length
+        self.join = join
 
     def batch(self, numbers: range) -> Batch:
         """`audio` float32 [B, S], `audio_length` int64 [B], `text` int64 [B, L] (padded with 0)
@@ -71,15 +76,11 @@ class AudioCrops(_Crops):
         text = np.zeros((len(numbers), self.max_text_length), dtype=np.int64)
         text_length = np.zeros(len(numbers), dtype=np.int64)
         for row, number in enumerate(numbers):
-            shard, sample_number = self.order.locate(number)
-            reader = self.readers[shard]
-            sample = reader.sample(sample_number)
-            name = f"{reader.path}: {sample['__key__']}.flac"
-            crop, whole = self._decode(sample["flac"], number, name)
+            pieces, transcript = self._row(number)
+            crop = np.concatenate(pieces)
             audio[row, : len(crop)] = crop
             audio_length[row] = len(crop)
-            transcript = sample["json"].get("text")
-            if self.text is not None and whole and transcript:
+            if self.text is not None and transcript:
                 ids = self.text.encode(transcript)
                 if len(ids) <= self.max_text_length:
                     text[row, : len(ids)] = ids
@@ -91,13 +92,39 @@ class AudioCrops(_Crops):
             "text_length": torch.from_numpy(text_length),
         }
 
-    def _decode(self, flac: bytes, number: int, name: str) -> tuple[np.ndarray, bool]:
-        """The crop, float32 of at most S samples, and whether it is the whole sample."""
+    def _row(self, number: int) -> tuple[list[np.ndarray], str]:
+        """The audio of example `number` in pieces, and what is said in all of it ("": unknown)."""
+        shard, first = self.order.locate(number)
+        reader = self.readers[shard]
+        pieces: list[np.ndarray] = []
+        texts: list[str] = []
+        document, room = None, self.num_samples
+        for sample_number in range(first, len(reader.keys)):
+            sample = reader.sample(sample_number)
+            entry = sample["json"]
+            transcript = entry.get("text") or ""
+            if pieces and (entry["document"] != document or bool(transcript) != bool(texts[-1])):
+                break
+            name = f"{reader.path}: {sample['__key__']}.flac"
+            crop, whole = self._decode(sample["flac"], number, name, room)
+            if not pieces and not whole:
+                return [crop], ""
+            if not whole:
+                break
+            pieces.append(crop)
+            texts.append(transcript)
+            document, room = entry["document"], room - len(crop)
+            if not self.join:
+                break
+        return pieces, " ".join(texts).strip()
+
+    def _decode(self, flac: bytes, number: int, name: str, room: int) -> tuple[np.ndarray, bool]:
+        """The crop, float32 of at most `room` samples, and whether it is the whole sample."""
         try:
             with soundfile.SoundFile(io.BytesIO(flac)) as file:
                 rate, length = file.samplerate, file.frames
-                file.seek(self.start(number, length, self.num_samples))
-                crop = file.read(self.num_samples, dtype="float32")
+                file.seek(self.start(number, length, room))
+                crop = file.read(room, dtype="float32")
         except soundfile.SoundFileError as error:
             raise ShardError(
                 f"{name} cannot be decoded ({error}); delete the shard and prepare the corpus again"
@@ -107,7 +134,7 @@ class AudioCrops(_Crops):
                 f"{name} is not mono at {self.sample_rate} Hz (but {rate} Hz); prepare the corpus "
                 "again, or set data.sample_rate"
             )
-        return crop, length <= self.num_samples
+        return crop, length <= room
 
 
 class CodeCrops(_Crops):

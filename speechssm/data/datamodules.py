@@ -159,6 +159,7 @@ class AudioDataModule(_ShardDataModule):
         val_batches: at most so many validation batches; None for one pass.
         sample_rate: Hz that the shards must have.
         mix_shards: shards shuffled together.
+        join: fill rows up with the utterances that follow in the recording, see `AudioCrops`.
 
     Batch: `audio` float32 [B, S], `audio_length` int64 [B], `text` int64 [B, L],
     `text_length` int64 [B]. An utterance that fits is padded and carries its text; a longer sample
@@ -179,11 +180,13 @@ class AudioDataModule(_ShardDataModule):
         val_batches: int | None = 8,
         sample_rate: int = 16000,
         mix_shards: int = 16,
+        join: bool = False,
     ) -> None:
         super().__init__(folder, batch_size, num_workers, seed, val_batches)
         self.seconds, self.sample_rate, self.mix_shards = seconds, sample_rate, mix_shards
         self.text = TextEncoder(text_model) if text_model else None
         self.max_text_length = max_text_length
+        self.join = join
 
     def fixed_by_data(self) -> dict[str, int]:
         return {"text_vocab_size": self.text.vocab_size} if self.text else {}
@@ -197,6 +200,7 @@ class AudioDataModule(_ShardDataModule):
             mix_shards=self.mix_shards,
             text=self.text,
             max_text_length=self.max_text_length,
+            join=self.join,
         )
 
 

@@ -37,6 +37,26 @@ def repeat_frames(mask_BT: Tensor, times: int) -> Tensor:
     return mask_BT.unsqueeze(-1).expand(-1, -1, times).flatten(1)
 
 
+def warp_frequencies(mel_BTM: Tensor, factor_B: Tensor) -> Tensor:
+    """Features [B, T, M] whose bin m is what stood at m * factor, between bins by interpolation.
+
+    A speaker with a shorter or longer vocal tract has the same resonances at other places; units
+    that are to predict targets of the unwarped features cannot lean on where exactly they are.
+
+    Args:
+        mel_BTM: log-mel. factor_B: float32, near 1; beyond the last bin the last one is repeated.
+
+    Source: Jaitly and Hinton 2013 (perturbation of the vocal tract's length), on the mel axis.
+    """
+    num_bins = mel_BTM.shape[-1]
+    place_BM = torch.arange(num_bins, device=mel_BTM.device) * factor_B[:, None]
+    place_BM = place_BM.clamp(max=num_bins - 1)
+    below_BM = place_BM.long().clamp(max=num_bins - 2)
+    share_B1M = (place_BM - below_BM)[:, None].to(mel_BTM.dtype)
+    index_BTM = below_BM[:, None].expand(-1, mel_BTM.shape[1], -1)
+    return torch.lerp(mel_BTM.gather(2, index_BTM), mel_BTM.gather(2, index_BTM + 1), share_B1M)
+
+
 @dataclass(frozen=True)
 class SpecAugment:
     """Bands of mel bins and stretches of time set to zero, the mean of normalised log-mel.

@@ -1,13 +1,15 @@
 """The semantic tokenizer's network, after what is public about USM-v2 (paper section 3).
 
-log-mel -> two stride-2 convolutions (100 Hz -> 25 Hz) -> Conformer -> vector quantiser -> Conformer
+log-mel -> two stride-2 convolutions (100 Hz -> 25 Hz) -> Conformer -> quantiser -> Conformer
 -> masked-prediction heads and a CTC head. Units are the indices at the quantiser; everything above
-it exists to teach them content. Attention sees the whole window in both directions.
+it exists to teach them content. Attention sees the whole window in both directions, or its chunk.
 
 Shapes: B batch, S samples, M mel bins, T time (25 Hz units; 4T mel frames), D model width,
-Q target codebooks, K codes in each, L text length, V unit vocabulary, W text vocabulary.
+Q target codebooks, K codes in each, L text length, V unit vocabulary, W text vocabulary,
+H width of a teacher's features, A random numbers a row takes for augmentation.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from speechssm.audio.features import LogMel
 from speechssm.errors import ConfigError
 from speechssm.nn.conformer import Conformer
 from speechssm.nn.vector_quantization import Float32Buffers, VectorQuantizer, sum_over_ranks
-from speechssm.tokenizer.masking import repeat_frames, span_mask
+from speechssm.tokenizer.masking import SpecAugment, repeat_frames, span_mask, warp_frequencies
 from speechssm.tokenizer.random_projection import RandomProjectionQuantizer
 
 FRAMES_PER_UNIT = 4
@@ -37,6 +39,7 @@ class TokenizerOutput(NamedTuple):
     valid_BT: Tensor
     commitment_loss: Tensor
     text_logits_BTW: Tensor | None
+    teacher_BTH: Tensor | None
 
 
 def level(audio_BS: Tensor, length_B: Tensor | None) -> Tensor:
@@ -53,9 +56,10 @@ def level(audio_BS: Tensor, length_B: Tensor | None) -> Tensor:
 class FeatureNormalizer(Float32Buffers):
     """Log-mel relative to its own mean over the window, over a running deviation per bin.
 
-    Subtracting each bin's mean over the window takes out most of the microphone and room; a fixed
-    divisor (a running average over training) rather than the window's own deviation keeps a
-    silent window from being blown up to the size of speech.
+    Subtracting each bin's mean over the window takes out most of the microphone and room (of a
+    teacher's features: most of the speaker); a fixed divisor (a running average over training)
+    rather than the window's own deviation keeps a silent window from being blown up to the size of
+    speech.
     """
 
     def __init__(self, num_mels: int, decay: float = 0.99):
@@ -105,14 +109,27 @@ class SemanticTokenizer(nn.Module):
         vocab_size: V, codes of the bottleneck.
         width, num_heads, ffn_width, conv_kernel, dropout: of both Conformers.
         lower_layers, upper_layers: blocks below and above the quantiser.
+        chunk_seconds: attention stays inside chunks of this length; None for the whole window.
         num_mels: M. sample_rate: Hz; one unit is sample_rate / 25 samples.
+        quantization: "moving_average" or "gradient", how the codebook is learned; or
+            "finite_scalar", which has none.
+        finite_scalar_levels: levels of each dimension; their product is V.
         codebook_width: C of the lookup. ema_decay, cosine, dead_code_threshold: see
             `VectorQuantizer`; the space is always whitened.
+        bypass_probability: share of the rows that pass around the quantiser in training. What is
+            above then teaches the encoder from the first step, when the codes say little yet.
         num_target_codebooks, target_codebook_size, target_codebook_width: Q, K and width of the
             BEST-RQ targets; target_seed: fixes their projections and codebooks.
         mask_probability: of a span starting at a unit frame; mask_span: its frames (10 = 400 ms).
         mask_noise: deviation of the normal noise that replaces masked frames in training.
+        spec_augment: arguments of `SpecAugment`, in training; None switches it off.
+        frequency_warp: in training the mel axis is stretched by up to this share, as another
+            length of the vocal tract would; the targets are not. 0 switches it off.
         text_vocab_size: pieces of the sentencepiece model, without the blank; 0 for no CTC head.
+        teacher_width: H of the features that a head below the quantiser predicts; 0 for none.
+
+    Raises:
+        ConfigError: values that do not go together.
     """
 
     def __init__(
@@ -125,12 +142,16 @@ class SemanticTokenizer(nn.Module):
         lower_layers: int = 12,
         upper_layers: int = 12,
         dropout: float = 0.0,
+        chunk_seconds: float | None = None,
         num_mels: int = 128,
         sample_rate: int = 16_000,
+        quantization: str = "moving_average",
+        finite_scalar_levels: Sequence[int] | None = None,
         codebook_width: int = 16,
         ema_decay: float = 0.99,
         cosine: bool = True,
         dead_code_threshold: float = 0.1,
+        bypass_probability: float = 0.0,
         num_target_codebooks: int = 16,
         target_codebook_size: int = 8192,
         target_codebook_width: int = 16,
@@ -138,7 +159,10 @@ class SemanticTokenizer(nn.Module):
         mask_probability: float = 0.05,
         mask_span: int = 10,
         mask_noise: float = 0.1,
+        spec_augment: dict | None = None,
+        frequency_warp: float = 0.0,
         text_vocab_size: int = 0,
+        teacher_width: int = 0,
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -146,15 +170,19 @@ class SemanticTokenizer(nn.Module):
             raise ConfigError(
                 f"tokenizer: sample_rate must be a multiple of 100, not {sample_rate}"
             )
-        self.config = config
+        self.config = plain(config)
         self.sample_rate = sample_rate
         self.rate = 25
         self.hop_length = sample_rate // self.rate
+        self.chunk = None if chunk_seconds is None else round(chunk_seconds * self.rate)
         self.vocab_size = vocab_size
         self.text_vocab_size = text_vocab_size
+        self.bypass_probability = bypass_probability
         self.mask_probability = mask_probability
         self.mask_span = mask_span
         self.mask_noise = mask_noise
+        self.spec_augment = None if spec_augment is None else SpecAugment(**spec_augment)
+        self.frequency_warp = frequency_warp
         self.num_target_codebooks = num_target_codebooks
         with torch.device("cpu"):  # torchaudio's filter bank looks at its values: not on meta
             self.log_mel = LogMel(
@@ -168,15 +196,25 @@ class SemanticTokenizer(nn.Module):
         self.subsampling = Subsampling(num_mels, width)
         shape = (width, num_heads, ffn_width, conv_kernel, dropout)
         self.lower = Conformer(lower_layers, *shape, rotary=True)
-        self.quantizer = VectorQuantizer(
-            vocab_size,
-            width,
-            codebook_width,
-            ema_decay=ema_decay,
-            cosine=cosine,
-            dead_code_threshold=dead_code_threshold,
-            whiten=True,
-        )
+        if quantization == "finite_scalar":
+            from speechssm.nn.finite_scalar_quantization import FiniteScalarQuantizer
+
+            self.quantizer = FiniteScalarQuantizer(finite_scalar_levels or (), width)
+            if self.quantizer.codebook_size != vocab_size:
+                raise ConfigError(
+                    f"tokenizer: finite_scalar_levels={list(finite_scalar_levels or ())} make "
+                    f"{self.quantizer.codebook_size} units, vocab_size says {vocab_size}"
+                )
+        else:
+            self.quantizer = VectorQuantizer(
+                vocab_size,
+                width,
+                codebook_width,
+                ema_decay=ema_decay,
+                cosine=cosine,
+                dead_code_threshold=dead_code_threshold,
+                whiten=True,
+            )
         self.upper = Conformer(upper_layers, *shape, rotary=True)
         self.targets = RandomProjectionQuantizer(
             FRAMES_PER_UNIT * num_mels,
@@ -187,6 +225,14 @@ class SemanticTokenizer(nn.Module):
         )
         self.target_head = nn.Linear(width, num_target_codebooks * target_codebook_size)
         self.text_head = nn.Linear(width, text_vocab_size + 1) if text_vocab_size else None
+        self.teacher_head = nn.Linear(width, teacher_width) if teacher_width else None
+
+    @property
+    def num_augment_numbers(self) -> int:
+        """A: bypass, warp, then those of SpecAugment; 0 where none of them is in use."""
+        if not (self.bypass_probability or self.frequency_warp or self.spec_augment):
+            return 0
+        return 2 + (0 if self.spec_augment is None else 2 * self.spec_augment.num_masks)
 
     def features(self, audio_BS: Tensor, length_B: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normalised log-mel [B, 4T, M] with T = S // hop_length, and bool valid units [B, T]."""
@@ -204,6 +250,18 @@ class SemanticTokenizer(nn.Module):
         return mel_BTM, valid_BT
 
     @torch.no_grad()
+    def hidden(self, audio_BS: Tensor) -> Tensor:
+        """What the quantiser sees: audio float32 [B, S] to [B, S // hop_length, D].
+
+        Each row is one window, fully audio. Call it in evaluation mode.
+        """
+        if audio_BS.shape[1] < self.hop_length:
+            return audio_BS.new_zeros(len(audio_BS), 0, self.subsampling.norm.weight.shape[0])
+        mel_BTM, _ = self.features(audio_BS, None)
+        hidden_BTD = self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype))
+        return self.lower(hidden_BTD, chunk=self.chunk)
+
+    @torch.no_grad()
     def tokenize(self, audio_BS: Tensor) -> Tensor:
         """Audio float32 [B, S] at `sample_rate` to units int64 [B, S // hop_length].
 
@@ -212,20 +270,43 @@ class SemanticTokenizer(nn.Module):
         """
         if audio_BS.shape[1] < self.hop_length:
             return torch.zeros(len(audio_BS), 0, dtype=torch.int64, device=audio_BS.device)
-        mel_BTM, _ = self.features(audio_BS, None)
-        hidden_BTD = self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype))
-        return self.quantizer.quantize(self.lower(hidden_BTD))
+        return self.quantizer.quantize(self.hidden(audio_BS))
 
-    def forward(self, audio_BS: Tensor, length_B: Tensor, uniform_BT: Tensor) -> TokenizerOutput:
+    @torch.no_grad()
+    def text_log_probabilities(self, audio_BS: Tensor) -> Tensor:
+        """What the recognition head hears: audio float32 [B, S] to float32 [B, T, W + 1].
+
+        Class 0 is the blank, class i + 1 is text id i. It reads the units, not the encoder.
+
+        Raises:
+            ConfigError: the tokenizer was trained without transcripts.
+        """
+        if self.text_head is None:
+            raise ConfigError("tokenizer: no recognition head; train it with data.text_model=FILE")
+        quantized_BTD = self.quantizer.lookup(self.tokenize(audio_BS))
+        upper_BTD = self.upper(quantized_BTD, chunk=self.chunk)
+        return self.text_head(upper_BTD).float().log_softmax(dim=-1)
+
+    def forward(
+        self,
+        audio_BS: Tensor,
+        length_B: Tensor,
+        uniform_BT: Tensor,
+        augment_BA: Tensor | None = None,
+    ) -> TokenizerOutput:
         """Masked prediction over a batch of padded utterances.
 
         Args:
             audio_BS: float32, zero-padded. length_B: int64 valid samples.
             uniform_BT: random numbers in [0, 1) [B, S // hop_length] that choose the masked spans.
+            augment_BA: random numbers in [0, 1) of bypass and augmentation, A =
+                `num_augment_numbers`; None for neither.
         """
         mel_BTM, valid_BT = self.features(audio_BS, length_B)
         targets_BTQ = self.targets(mel_BTM.unflatten(1, (-1, FRAMES_PER_UNIT)).flatten(2))
         mask_BT = span_mask(uniform_BT, self.mask_probability, self.mask_span) & valid_BT
+        if augment_BA is not None:
+            mel_BTM = self._augment(mel_BTM, FRAMES_PER_UNIT * valid_BT.sum(dim=1), augment_BA)
         noise_BTM = (
             self.mask_noise * torch.randn_like(mel_BTM)
             if self.training
@@ -235,12 +316,17 @@ class SemanticTokenizer(nn.Module):
         mel_BTM = torch.where(masked_BT1, noise_BTM, mel_BTM)
 
         hidden_BTD = self.lower(
-            self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype)), valid_BT
+            self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype)), valid_BT, self.chunk
         )
         # Codes serve frames that were seen: at inference nothing is masked, so codes that only
         # stand for masked frames would be lost from the vocabulary.
         quantized_BTD, units_BT, commitment_loss = self.quantizer(hidden_BTD, valid_BT & ~mask_BT)
-        upper_BTD = self.upper(quantized_BTD, valid_BT)
+        if augment_BA is not None and self.bypass_probability:
+            bypass_B11 = (augment_BA[:, 0] < self.bypass_probability)[:, None, None]
+            quantized_BTD = torch.where(
+                bypass_B11, hidden_BTD.to(quantized_BTD.dtype), quantized_BTD
+            )
+        upper_BTD = self.upper(quantized_BTD, valid_BT, self.chunk)
         logits_BTQK = self.target_head(upper_BTD).unflatten(-1, (self.num_target_codebooks, -1))
         return TokenizerOutput(
             units_BT=units_BT,
@@ -250,4 +336,25 @@ class SemanticTokenizer(nn.Module):
             valid_BT=valid_BT,
             commitment_loss=commitment_loss,
             text_logits_BTW=None if self.text_head is None else self.text_head(upper_BTD),
+            teacher_BTH=None if self.teacher_head is None else self.teacher_head(hidden_BTD),
         )
+
+    def _augment(self, mel_BTM: Tensor, length_B: Tensor, augment_BA: Tensor) -> Tensor:
+        if self.frequency_warp:
+            factor_B = 1 + self.frequency_warp * (2 * augment_BA[:, 1] - 1)
+            mel_BTM = warp_frequencies(mel_BTM, factor_B)
+        if self.spec_augment is not None:
+            mel_BTM = self.spec_augment(mel_BTM, length_B, augment_BA[:, 2:].unflatten(1, (-1, 2)))
+        return mel_BTM
+
+
+def plain(config: dict) -> dict:
+    """The same with lists for Hydra's and other sequences, dictionaries for its mappings."""
+    return {
+        key: dict(value)
+        if isinstance(value, Mapping)
+        else list(value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else value
+        for key, value in config.items()
+    }

@@ -10,11 +10,12 @@ import pytest
 import sentencepiece
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from make_shards import tone, write_audio_shards, write_code_shards, write_unit_shards
+from make_shards import flac, tone, write_audio_shards, write_code_shards, write_unit_shards
 
 from speechssm.data.datamodules import AudioDataModule, CodeDataModule, UnitDataModule
 from speechssm.data.packing import IGNORED
 from speechssm.data.resume import CountConsumedBatches
+from speechssm.data.shards import ShardWriter
 from speechssm.errors import ConfigError, FingerprintError, ShardError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -112,6 +113,41 @@ def test_audio_rows_hold_an_utterance_with_its_text_or_a_crop_without(folders):
             assert (batch["text"][row, words:] == 0).all()
             kinds.add((length, words > 0))
     assert len(kinds) == 5
+
+
+def test_joined_rows_hold_what_follows_in_the_document_as_far_as_it_fits(folders, tmp_path):
+    write_audio_shards(tmp_path, [[0.3, 0.25, 0.2, 0.9], [0.4]])
+    module = AudioDataModule(
+        tmp_path, 1.0, 5, num_workers=0, text_model=folders / "text.model", join=True
+    )
+    batch = next(iter(module.train_dataloader()))
+    rows = {
+        int(length): int(words)
+        for length, words in zip(batch["audio_length"], batch["text_length"], strict=True)
+    }
+    # The first piece alone has a text; 0.25 + 0.2 s go on, 0.9 s more do not fit into the second.
+    assert set(rows) == {4800, 7200, 3200, 14400, 6400}
+    assert {length for length, words in rows.items() if words} == {4800, 6400}
+    joined = batch["audio"][batch["audio_length"].tolist().index(7200)]
+    expected = np.concatenate([tone(0.25, 165), tone(0.2, 180)])
+    assert np.abs(joined[:7200].numpy() - expected).max() < 1e-3
+
+
+def test_joined_rows_join_their_transcripts(folders, tmp_path):
+    with ShardWriter(tmp_path / "train", "audio") as writer:
+        for number, (document, text) in enumerate([("a", "THE"), ("a", "CAT"), ("b", "SAT")]):
+            meta = {"document": document, "text": text, "sample_rate": 16000, "seconds": 0.2}
+            members = {"flac": flac(tone(0.2, 200 + 50 * number)), "json": meta}
+            writer.write(f"{document}-{number}", members, seconds=0.2)
+    module = AudioDataModule(
+        tmp_path, 1.0, 3, num_workers=0, text_model=folders / "text.model", join=True
+    )
+    batch = next(iter(module.train_dataloader()))
+    encode = module.text.encode
+    found = {
+        tuple(t[:n].tolist()) for t, n in zip(batch["text"], batch["text_length"], strict=True)
+    }
+    assert found == {tuple(encode(text)) for text in ("THE CAT", "CAT", "SAT")}
 
 
 def test_crops_are_parts_of_the_recording_and_move_between_passes(folders):

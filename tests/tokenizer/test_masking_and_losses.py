@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from speechssm.tokenizer.losses import ctc_loss, histogram, mean_where, perplexity, prediction_loss
-from speechssm.tokenizer.masking import repeat_frames, span_mask
+from speechssm.tokenizer.masking import repeat_frames, span_mask, warp_frequencies
 from speechssm.tokenizer.random_projection import RandomProjectionQuantizer, seeded_normal
 
 
@@ -109,3 +109,17 @@ def test_perplexity_of_a_histogram():
     assert counts.tolist() == [1, 2, 0, 0, 0, 0]
     assert float(perplexity(torch.ones(8))) == pytest.approx(8.0)
     assert float(perplexity(torch.tensor([5.0, 0.0]))) == pytest.approx(1.0)
+
+
+def test_a_warped_mel_axis_moves_peaks_by_the_factor():
+    mel = torch.zeros(3, 4, 40)
+    mel[:, :, 20] = 1.0
+    warped = warp_frequencies(mel, torch.tensor([1.0, 1.25, 0.8]))
+    assert torch.equal(warped[0], mel[0])
+    assert warped[1].argmax(-1).tolist() == [16] * 4 and warped[2].argmax(-1).tolist() == [25] * 4
+
+
+def test_a_warped_mel_axis_repeats_its_end():
+    mel = torch.arange(10.0).expand(1, 2, 10)
+    warped = warp_frequencies(mel, torch.tensor([1.5]))
+    assert torch.allclose(warped[0, 0], (1.5 * torch.arange(10)).clamp(max=9))

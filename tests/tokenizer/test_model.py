@@ -130,3 +130,85 @@ def test_weights_move_from_meta_through_a_state_dict():
 def test_a_sample_rate_that_does_not_divide_into_frames_is_refused():
     with pytest.raises(ConfigError):
         SemanticTokenizer(**SMALL, sample_rate=22_051)
+
+
+def test_a_frame_sees_its_own_chunk_and_no_other():
+    model = small_model(chunk_seconds=0.4, lower_layers=2, conv_kernel=1)
+    audio = torch.randn(1, 32_000)
+    other = audio.clone()
+    other[:, 16_000:] = torch.randn(1, 16_000)
+    with torch.no_grad():
+        # Loudness and the mean spectrum are of the whole window; features go in as they are.
+        features = torch.randn(1, 50, 16)
+        changed = features.clone()
+        changed[:, 25:] = torch.randn(1, 25, 16)
+        first = model.lower(features, chunk=model.chunk)
+        second = model.lower(changed, chunk=model.chunk)
+    assert torch.allclose(first[:, :20], second[:, :20], atol=1e-6)
+    assert not torch.allclose(first[:, 20:25], second[:, 20:25], atol=1e-3)
+
+
+def test_hidden_is_what_the_quantiser_tokenizes(model):
+    audio = torch.randn(2, 16_000)
+    hidden = model.hidden(audio)
+    assert hidden.shape == (2, 25, 16)
+    assert torch.equal(model.quantizer.quantize(hidden), model.tokenize(audio))
+
+
+def test_the_recognition_head_reads_the_units():
+    model = small_model(text_vocab_size=7)
+    audio = torch.randn(2, 32_000)
+    spoken = model.text_log_probabilities(audio)
+    assert spoken.shape == (2, 50, 8)
+    assert torch.allclose(spoken.exp().sum(-1), torch.ones(2, 50), atol=1e-5)
+    trained = model(audio, torch.tensor([32_000] * 2), torch.ones(2, 50)).text_logits_BTW
+    assert torch.allclose(spoken, trained.log_softmax(-1), atol=1e-4)
+    with pytest.raises(ConfigError, match="recognition head"):
+        small_model().text_log_probabilities(audio)
+
+
+def test_rows_that_bypass_the_quantiser_are_chosen_by_their_number():
+    model = small_model(bypass_probability=0.5)
+    audio, length = torch.randn(2, 32_000), torch.tensor([32_000] * 2)
+    numbers = torch.full((2, model.num_augment_numbers), 0.5)
+    numbers[:, 0] = torch.tensor([0.4, 0.6])
+    with torch.no_grad():
+        quantized = model(audio, length, torch.ones(2, 50)).logits_BTQK
+        mixed = model(audio, length, torch.ones(2, 50), numbers).logits_BTQK
+    assert not torch.allclose(mixed[0], quantized[0], atol=1e-3)
+    assert torch.allclose(mixed[1], quantized[1], atol=1e-5)
+
+
+def test_augmentation_changes_what_is_seen_and_not_the_targets():
+    options = {"frequency_masks": 1, "frequency_width": 8, "time_masks": 0, "time_share": 0.0}
+    model = small_model(spec_augment=options, frequency_warp=0.2)
+    audio, length = torch.randn(2, 32_000), torch.tensor([32_000] * 2)
+    numbers = torch.full((2, model.num_augment_numbers), 0.9)
+    with torch.no_grad():
+        plain = model(audio, length, torch.ones(2, 50))
+        changed = model(audio, length, torch.ones(2, 50), numbers)
+    assert torch.equal(plain.targets_BTQ, changed.targets_BTQ)
+    assert not torch.allclose(plain.logits_BTQK, changed.logits_BTQK, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "gradient"},
+        {"quantization": "finite_scalar", "finite_scalar_levels": [4, 4, 2]},
+    ],
+)
+def test_other_quantisers_train_and_tokenize(options):
+    model = small_model(**options)
+    audio, length = torch.randn(2, 32_000), torch.tensor([32_000] * 2)
+    model.train()
+    output = model(audio, length, torch.ones(2, 50))
+    (output.logits_BTQK.float().square().mean() + output.commitment_loss).backward()
+    assert model.lower.layers[0].norm.weight.grad.abs().sum() > 0
+    units = model.eval().tokenize(audio)
+    assert units.min() >= 0 and units.max() < 32 and len(units.unique()) > 1
+
+
+def test_levels_that_do_not_make_the_vocabulary_are_refused():
+    with pytest.raises(ConfigError, match="make 16 units, vocab_size says 32"):
+        small_model(quantization="finite_scalar", finite_scalar_levels=[4, 4])

@@ -4,6 +4,7 @@ import lightning
 import pytest
 import torch
 
+from speechssm.errors import ConfigError
 from speechssm.tokenizer.module import TokenizerModule
 
 MODEL = {
@@ -168,3 +169,49 @@ def test_training_steps_run_with_shapes_alone():
     figures = module.losses(batch, torch.empty(4, 25, device="meta"))
     figures["loss"].backward()
     assert figures["loss"].shape == ()
+
+
+class Spectrum(torch.nn.Module):
+    """A teacher that can be learned: energies of the tones that `tones` plays."""
+
+    sample_rate, hop_length, width = 16_000, 640, 3
+
+    def __init__(self, hop_length: int = 640):
+        super().__init__()
+        self.hop_length = hop_length
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, audio):
+        frames = audio[:, : audio.shape[1] // 640 * 640].unflatten(1, (-1, 640))
+        energy = torch.fft.rfft(frames).abs()[..., 1:91].unflatten(-1, (3, 30)).sum(-1)
+        return energy.log1p() * self.scale
+
+
+TEACHER = {"_target_": f"{__name__}.Spectrum"}
+
+
+def test_a_teachers_features_are_learned_and_its_weights_are_not_saved(tmp_path, monkeypatch):
+    import hydra.utils
+
+    build = hydra.utils.instantiate
+    monkeypatch.setattr(
+        hydra.utils, "instantiate", lambda c: Spectrum() if c is TEACHER else build(c)
+    )
+    module, seen, figures = fit(60, tmp_path, teacher=TEACHER, teacher_weight=3.0)
+    losses = [step["train/teacher_loss"] for step in seen]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert 0 < figures["val/teacher_loss"] < 0.5  # 1 would be the spread of the features themselves
+    assert module.hparams["model"]["teacher_width"] == 3
+    assert not [name for name in module.state_dict() if name.endswith(".scale")]
+    assert not module.teacher.features.scale.requires_grad
+
+
+def test_a_teacher_of_another_rate_is_refused(monkeypatch):
+    import hydra.utils
+
+    build = hydra.utils.instantiate
+    monkeypatch.setattr(
+        hydra.utils, "instantiate", lambda c: Spectrum(320) if c is TEACHER else build(c)
+    )
+    with pytest.raises(ConfigError, match=r"stage\.teacher has 320 samples a frame"):
+        TokenizerModule(MODEL, OPTIMIZER, teacher=TEACHER)
