@@ -144,10 +144,41 @@ def test_self_supervised_features_travel_too(audio_shards, tmp_path) -> None:
         "encoder_num_heads": 2,
         "encoder_ff_interm_features": 16,
     }
+    toy_as_json = json.loads(json.dumps(toy))
     features = SelfSupervisedFeatures("WAVLM_BASE", layer=1, architecture=toy)
     out = prepare_kmeans(features, audio_shards, tmp_path / "w", vocab_size=8, progress=False)
-    units = load("tokenizer", out).encode(AUDIO, 16_000)
-    assert len(units) == len(AUDIO) // 640
+    tokenizer = load("tokenizer", out)
+    assert len(tokenizer.encode(AUDIO, 16_000)) == len(AUDIO) // 640
+    assert tokenizer.fingerprint == load("tokenizer", out).fingerprint
+    assert tokenizer.model.config["architecture"] == toy_as_json
+
+
+def test_our_own_encoder_without_what_lies_above(audio_shards, tmp_path) -> None:
+    from speechssm.loading import Saved, write_own
+    from speechssm.tokenizer.model import SemanticTokenizer
+
+    sizes = {"vocab_size": 16, "width": 16, "num_heads": 2, "ffn_width": 32, "lower_layers": 1}
+    sizes |= {"upper_layers": 1, "num_mels": 20, "codebook_width": 4, "text_vocab_size": 5}
+    torch.manual_seed(0)
+    model = SemanticTokenizer(**sizes, target_codebook_size=32).eval()
+    config = {"_target_": "speechssm.tokenizer.model.SemanticTokenizer", **model.config}
+    saved = Saved(tmp_path, "tokenizer", config, model.state_dict(), {})
+    write_own(model, saved, tmp_path / "own")
+    words = ["features=semantic", f"features.weights={tmp_path / 'own'}"]
+    assert kmeans(audio_shards, tmp_path / "units", *words) == 0
+    tokenizer = load("tokenizer", tmp_path / "units")
+    audio_BS = torch.from_numpy(AUDIO)[None]
+    torch.testing.assert_close(tokenizer.model.features(audio_BS), model.hidden(audio_BS))
+    assert len(tokenizer.fingerprint) == 64 and tokenizer.vocab_size == 8
+    weights = tokenizer.model.state_dict()
+    assert not any(part in name for name in weights for part in ("upper", "head", "quantizer"))
+
+
+def test_features_of_a_tokenizer_that_has_none_are_refused(audio_shards, tmp_path, capsys) -> None:
+    assert kmeans(audio_shards, tmp_path / "one") == 0
+    words = ["features=semantic", f"features.weights={tmp_path / 'one'}"]
+    assert kmeans(audio_shards, tmp_path / "two", *words) == 1
+    assert "features=semantic needs a SemanticTokenizer" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_one_clear_line(audio_shards, tmp_path, capsys) -> None:
@@ -201,6 +232,7 @@ def test_mimi_through_the_command(tmp_path, capsys) -> None:
     audio = np.tile(AUDIO, 2)[:72_000]
     units = tokenizer.encode(audio, 24_000)
     assert len(units) == 72_000 // 1920 and units.max() < 16
+    assert len(tokenizer.fingerprint) == 64
     assert main([*words, f"weights={tmp_path / 'nowhere' / 'else'}"]) == 1
     assert "no such file or folder" in capsys.readouterr().err
 
