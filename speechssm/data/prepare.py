@@ -80,8 +80,8 @@ class SplitSummary:
             line += f"; {self.transcripts_with_digits} transcripts with digits not used"
         if self.transcripts_without_piece:
             line += (
-                f"; {self.transcripts_without_piece} transcripts not used, their sound is missing "
-                "or longer than a piece"
+                f"; {self.transcripts_without_piece} transcripts not used, their sound is "
+                "missing, skipped or longer than a piece"
             )
         if self.silent_pieces:
             line += f"; silent pieces: {self.silent_pieces}"
