@@ -303,7 +303,7 @@ def report(config: dict[str, Any]) -> None:
 def export(config: dict[str, Any]) -> None:
     from speechssm.loading import export as write
 
-    keys = ("checkpoint", "format", "data", "licence")
+    keys = ("checkpoint", "format", "dtype", "data", "licence")
     print(write(config["model"], config["out"], **{key: config[key] for key in keys}))
 
 

@@ -7,6 +7,7 @@ folder of exported weights, or a NAME that stands for `paths.weights/STAGE/NAME`
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from speechssm import __version__
@@ -31,6 +33,8 @@ CHECKPOINTS = {
     "selected": ("selected",),
 }
 FORMATS = ("speechssm", "transformers")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TEXT_MODEL = "text.model"
 WEIGHTS_VARIABLE = "SPEECHSSM_WEIGHTS"
 
 
@@ -294,10 +298,12 @@ def export(
     *,
     checkpoint: str = "best-or-last",
     format: str = "speechssm",
+    dtype: str = "float32",
     data: str = "",
     licence: str = "",
 ) -> Path:
-    """Write a trained stage as `model.safetensors`, `config.json` and `CARD.md`.
+    """Write a trained stage as `model.safetensors`, `config.json` and `CARD.md`; with a tokenizer
+    that recognises text also the `text.model` of its transcripts.
 
     Args:
         name_or_path: as for `load`.
@@ -305,6 +311,8 @@ def export(
         checkpoint: as for `load`.
         format: `speechssm`, which `load` reads; or, for language models, `transformers`, which its
             `AutoModelForCausalLM.from_pretrained` reads.
+        dtype: of the parameters in the file, for `format=speechssm`; buffers stay as they are.
+            `load` computes in float32 with what rounding has left.
         data: the card's line on what it was trained on.
         licence: the card's line on the licence of the weights.
 
@@ -318,6 +326,9 @@ def export(
     from speechssm.report.rows import write_text
 
     choose("format", format, FORMATS)
+    choose("dtype", dtype, DTYPES)
+    if format == "transformers" and dtype != "float32":
+        raise ConfigError(f"dtype={dtype} is for format=speechssm; leave it out")
     source = find(None, name_or_path, checkpoint)
     saved = read(source)
     if saved.stage is None:
@@ -342,9 +353,14 @@ def export(
         )
         written_as = f" as transformers' `{config['architectures'][0]}`"
     else:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(DTYPES[dtype])
         write_own(model, saved, out)
         use = f'from speechssm import load\nmodel = load("{saved.stage}", "THIS FOLDER")'
         written_as = ""
+    text_model = text_model_of(source)
+    if text_model is not None and format == "speechssm":
+        shutil.copyfile(text_model, out / TEXT_MODEL)
     # safetensors writes for the owner alone; weights are for whoever may read their config.
     (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)
     text = card(saved, written_as, use, run_figures(source), data, licence)
@@ -375,6 +391,23 @@ def write_own(model: nn.Module, saved: Saved, out: Path) -> None:
         "details": saved.details,
     }
     write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
+
+
+def text_model_of(source: Path) -> Path | None:
+    """The sentencepiece model that a tokenizer's recognition head speaks in, None if there is none.
+
+    Args:
+        source: a file of weights, as `find` returns it. Beside exported weights it is `text.model`;
+            a run names it in its config, and it may have been moved since.
+    """
+    beside = source.with_name(TEXT_MODEL)
+    if beside.is_file():
+        return beside
+    path = source.parent.parent / "config.yaml"
+    if source.suffix != ".ckpt" or not path.is_file():
+        return None
+    named = OmegaConf.select(OmegaConf.load(path), "data.text_model", default=None)
+    return Path(named) if named and Path(named).is_file() else None
 
 
 def run_figures(source: Path) -> list[str]:

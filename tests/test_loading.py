@@ -105,6 +105,20 @@ def test_an_export_has_weights_config_and_card(run: Path, exported: Path) -> Non
     assert "tones" in text and "consent" in text and "loss (heldout)" in text
 
 
+def test_half_precision_halves_the_file_and_rounds_the_parameters(
+    run: Path, exported: Path, tmp_path: Path
+) -> None:
+    half = export(run, tmp_path / "half", dtype="float16")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (half, exported)]
+    assert sizes[0] < 0.75 * sizes[1]
+    rounded = load("lm", half)
+    for name, value in load("lm", run).named_parameters():
+        assert rounded.get_parameter(name).dtype == torch.float32
+        assert torch.equal(rounded.get_parameter(name), value.half().float())
+    with pytest.raises(ConfigError, match="float16, bfloat16"):
+        export(run, tmp_path / "other", dtype="int8")
+
+
 def test_a_missing_run_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere: no such file, run folder or weights"):
         load("lm", tmp_path / "nowhere")

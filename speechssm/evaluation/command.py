@@ -6,7 +6,7 @@ from typing import Any
 
 from speechssm.data.shards import read_index
 from speechssm.errors import ConfigError, FingerprintError
-from speechssm.loading import find, load, naming_device
+from speechssm.loading import find, load, naming_device, text_model_of
 from speechssm.report.gather import Run, find_runs, is_run, read_run, run_labels
 from speechssm.report.rows import Row
 
@@ -49,7 +49,9 @@ def evaluate_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> li
                 tokenizer,
                 run_details("tokenizer", path),
                 masked_prediction(run),
-                text_model_of(run) if getattr(tokenizer.model, "text_vocab_size", 0) else None,
+                text_model_of(find("tokenizer", path))
+                if getattr(tokenizer.model, "text_vocab_size", 0)
+                else None,
             )
         )
     return evaluate_tokenizer(
@@ -77,12 +79,6 @@ def masked_prediction(run: Run | None) -> tuple[float, float] | None:
         return None
     loss, unigram = run.last("val/mlm_loss"), run.last("val/mlm_unigram_loss")
     return None if loss is None or unigram is None else (loss, unigram)
-
-
-def text_model_of(run: Run | None) -> Path | None:
-    """The sentencepiece model of a tokenizer's run, where it still lies in its place."""
-    path = ((run.config.get("data") or {}) if run else {}).get("text_model")
-    return Path(path) if path and Path(path).is_file() else None
 
 
 def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
