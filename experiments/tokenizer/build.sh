@@ -24,7 +24,6 @@ DATA=${DATA:-}
 LICENCE=${LICENCE:-not stated}
 SEED=${SEED:-1}
 CLUSTERS=500
-TEXT_PIECES=${TEXT_PIECES:-256}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
 
@@ -49,7 +48,7 @@ kmeans() {
     shift 2
     [ -f "$out/model.safetensors" ] && return
     run speechssm prepare kmeans features="$features" data="$FOLDER/audio" vocab_size="$CLUSTERS" \
-        out="$out" "$@"
+        device="$DEVICE" out="$out" "$@"
 }
 
 main() {
@@ -66,8 +65,7 @@ main() {
     say "1/6 prepare: cut the recordings into audio shards, and fit a text model on their transcripts"
     run speechssm prepare corpus=folder source="[$(IFS=,; echo "${sources[*]}")]" \
         ${options[@]+"${options[@]}"} out="$FOLDER/audio"
-    run speechssm prepare sentencepiece data="$FOLDER/audio" out="$FOLDER/sentencepiece" \
-        vocab_size="$TEXT_PIECES"
+    run speechssm prepare sentencepiece data="$FOLDER/audio" out="$FOLDER/sentencepiece"
 
     say "2/6 baselines: k-means on log-mel spectra and on MFCC"
     kmeans log_mel log_mel

@@ -20,6 +20,7 @@ def commands(script: str, words: list[str], folder: Path, **environment: str) ->
     for name in ("speechssm", "python"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
+    environment = {"WHISPER": ""} | environment
     environment |= {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "COMMANDS": str(folder / "commands"),
@@ -39,6 +40,8 @@ def commands(script: str, words: list[str], folder: Path, **environment: str) ->
         ("demo/run.sh", [], {}, {"prepare", "train", "tokenize", "encode", "generate", "evaluate",
                                  "bench", "report"}),
         ("throughput/cpu.sh", [], {}, {"bench"}),
+        ("tokenizer/build.sh", [".", "corpus.heldout_sets=[test]"], {"WHISPER": "weights"},
+         {"prepare", "train", "export", "evaluate"}),
     ],
 )  # fmt: skip
 def test_every_command_of_a_script_exists(script, words, environment, verbs, tmp_path):
@@ -46,3 +49,22 @@ def test_every_command_of_a_script_exists(script, words, environment, verbs, tmp
     for verb, *rest in found:
         compose(verb, [word for word in rest if "=" in word])
     assert {verb for verb, *_ in found} == verbs
+
+
+def test_the_tokenizers_are_compared_with_and_without_whisper(tmp_path):
+    def systems(**environment):
+        folder = tmp_path / f"{len(environment)}"
+        folder.mkdir()
+        *_, evaluation = commands("tokenizer/build.sh", [str(tmp_path)], folder, **environment)
+        (named,) = [word for word in evaluation if word.startswith("tokenizer=")]
+        return [Path(path).name for path in named.removeprefix("tokenizer=").strip("[]").split(",")]
+
+    without = ["log_mel", "mfcc", "small", "small_500"]
+    assert systems() == without
+    assert systems(WHISPER="weights") == [*without, "whisper", "distilled", "distilled_500"]
+
+
+def test_a_script_without_sources_says_what_it_wants(tmp_path):
+    script = EXPERIMENTS / "tokenizer" / "build.sh"
+    result = subprocess.run(["bash", script], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and "SOURCE" in result.stderr
