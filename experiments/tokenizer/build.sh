@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The tokenizers of this repository, made again and compared:
 #
-#   bash experiments/tokenizer/build.sh SOURCE [SOURCE ...] [corpus.KEY=VALUE ...]
+#   bash experiments/tokenizer/build.sh SOURCE [SOURCE ...] [corpus.KEY=VALUE ...] [KEY=VALUE ...]
 #
 # SOURCE are folders of recordings as data/folder.md describes them; corpus.KEY=VALUE says what is held
-# out of them. Every line below is a command that you can run by itself. A second run goes on where
+# out of them, any other KEY=VALUE goes to the trainings. Every line below is a command that you can run by itself. A second run goes on where
 # the first one stopped.
 #
 #   FOLDER    where everything is written; runs/tokenizer
@@ -14,6 +14,7 @@
 #   DEVICE    cpu, or cuda: also of the trainings
 #   DATA      what the cards of the weights say of the recordings; the names of the folders
 #   LICENCE   what they say of the weights' licence
+#   CLUSTERS  of k-means; 500
 set -euo pipefail
 
 FOLDER=${FOLDER:-runs/tokenizer}
@@ -23,7 +24,7 @@ DEVICE=${DEVICE:-cpu}
 DATA=${DATA:-}
 LICENCE=${LICENCE:-not stated}
 SEED=${SEED:-1}
-CLUSTERS=500
+CLUSTERS=${CLUSTERS:-500}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
 
@@ -52,12 +53,16 @@ kmeans() {
 }
 
 main() {
-    local sources=() options=() systems=(log_mel mfcc small small_500) word
+    local sources=() options=() training=() systems=(log_mel mfcc small small_500) word
     for word in "$@"; do
-        if [[ $word == corpus.* ]]; then options+=("$word"); else sources+=("$(realpath "$word")"); fi
+        case $word in
+            corpus.*) options+=("$word") ;;
+            *=*) training+=("$word") ;;
+            *) sources+=("$(realpath "$word")") ;;
+        esac
     done
     if [ ${#sources[@]} -eq 0 ]; then
-        echo "usage: bash $0 SOURCE [SOURCE ...] [corpus.KEY=VALUE ...]" >&2
+        echo "usage: bash $0 SOURCE [SOURCE ...] [corpus.KEY=VALUE ...] [KEY=VALUE ...]" >&2
         exit 2
     fi
     DATA=${DATA:-$(basename -a "${sources[@]}" | paste -sd,)}
@@ -72,13 +77,13 @@ main() {
     kmeans mfcc mfcc
 
     say "3/6 small: masked prediction and recognition, nothing from outside"
-    train small
+    train small ${training[@]+"${training[@]}"}
 
     if [ -n "$WHISPER" ]; then
         say "4/6 whisper: k-means on layer 4 of the Whisper encoder"
         kmeans whisper whisper features.weights="$WHISPER" features.layer=4
         say "5/6 distilled: the same training, which also predicts that layer"
-        train distilled stage.teacher.weights="$WHISPER"
+        train distilled stage.teacher.weights="$WHISPER" ${training[@]+"${training[@]}"}
         systems+=(whisper distilled distilled_500)
     else
         say "4/6, 5/6 left out: they need WHISPER"
