@@ -63,6 +63,7 @@ def load(
     *,
     checkpoint: str = "best-or-last",
     device: str | torch.device = "cpu",
+    windows: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a trained stage, in evaluation mode.
 
@@ -72,6 +73,9 @@ def load(
         checkpoint: of a run folder: `best-or-last`, `best` (smallest held-out loss), `last`, or
             `selected` (of a run with `select=...`).
         device: where the weights go.
+        windows: of a tokenizer: `window_seconds`, `overlap_seconds`, `padding`,
+            `drop_last_seconds`, `batch_windows`, as far as they are not the paper's; see
+            `WindowedTokenizer`.
 
     Returns:
         `tokenizer`: a `WindowedTokenizer`; otherwise the network (`SoundStream`, `SoundStorm`, or a
@@ -79,10 +83,13 @@ def load(
 
     Raises:
         CheckpointError: nothing there, truncated, another stage, or weights that do not fit.
-        ConfigError: a device that is not there, or has no room.
+        ConfigError: a device that is not there, or has no room; windows that are impossible, or of
+            another stage.
     """
     if stage not in STAGES:
         raise CheckpointError(f"unknown stage {stage!r}; choose one of: {', '.join(STAGES)}")
+    if windows is not None and stage != "tokenizer":
+        raise ConfigError(f"windows are for tokenizers, not for the stage {stage}")
     saved = read(find(stage, name_or_path, checkpoint))
     if saved.stage is not None and saved.stage != stage:
         raise CheckpointError(
@@ -97,7 +104,37 @@ def load(
         return model
     from speechssm.tokenizer.windowed import WindowedTokenizer
 
-    return WindowedTokenizer(model)
+    return WindowedTokenizer(model, **checked_windows(windows or {}))
+
+
+def checked_windows(windows: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a `WindowedTokenizer`.
+
+    Raises:
+        ConfigError: an unknown one, or a value that is no number.
+    """
+    known = {
+        "window_seconds": (int, float),
+        "overlap_seconds": (int, float),
+        "padding": str,
+        "drop_last_seconds": (int, float),
+        "batch_windows": int,
+    }
+    for name, value in windows.items():
+        if name not in known:
+            raise ConfigError(f"windows.{name} is unknown; there are: {', '.join(known)}")
+        if not isinstance(value, known[name]) or isinstance(value, bool):
+            kind = "repeat or silence" if name == "padding" else "a number"
+            raise ConfigError(f"windows.{name}={value} must be {kind}")
+    return dict(windows)
+
+
+def load_network(
+    stage: str, name_or_path: str | Path, checkpoint: str = "best-or-last"
+) -> nn.Module:
+    """The network of a stage alone, on the CPU; arguments and errors as for `load`."""
+    loaded = load(stage, name_or_path, checkpoint=checkpoint)
+    return loaded.model if stage == "tokenizer" else loaded
 
 
 @contextmanager

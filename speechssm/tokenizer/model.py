@@ -6,7 +6,7 @@ it exists to teach them content. Attention sees the whole window in both directi
 
 Shapes: B batch, S samples, M mel bins, T time (25 Hz units; 4T mel frames), D model width,
 Q target codebooks, K codes in each, L text length, V unit vocabulary, W text vocabulary,
-H width of a teacher's features, A random numbers a row takes for augmentation.
+H units of a teacher, A random numbers a row takes for augmentation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class TokenizerOutput(NamedTuple):
     valid_BT: Tensor
     commitment_loss: Tensor
     text_logits_BTW: Tensor | None
-    teacher_BTH: Tensor | None
+    teacher_logits_BTH: Tensor | None
 
 
 def level(audio_BS: Tensor, length_B: Tensor | None) -> Tensor:
@@ -56,10 +56,9 @@ def level(audio_BS: Tensor, length_B: Tensor | None) -> Tensor:
 class FeatureNormalizer(Float32Buffers):
     """Log-mel relative to its own mean over the window, over a running deviation per bin.
 
-    Subtracting each bin's mean over the window takes out most of the microphone and room (of a
-    teacher's features: most of the speaker); a fixed divisor (a running average over training)
-    rather than the window's own deviation keeps a silent window from being blown up to the size of
-    speech.
+    Subtracting each bin's mean over the window takes out most of the microphone and room; a fixed
+    divisor (a running average over training) rather than the window's own deviation keeps a
+    silent window from being blown up to the size of speech.
     """
 
     def __init__(self, num_mels: int, decay: float = 0.99):
@@ -126,7 +125,8 @@ class SemanticTokenizer(nn.Module):
         frequency_warp: in training the mel axis is stretched by up to this share, as another
             length of the vocal tract would; the targets are not. 0 switches it off.
         text_vocab_size: pieces of the sentencepiece model, without the blank; 0 for no CTC head.
-        teacher_width: H of the features that a head below the quantiser predicts; 0 for none.
+        teacher_vocab_size: H, another tokenizer's units that a head below the quantiser predicts;
+            0 for none.
 
     Raises:
         ConfigError: values that do not go together.
@@ -162,7 +162,7 @@ class SemanticTokenizer(nn.Module):
         spec_augment: dict | None = None,
         frequency_warp: float = 0.0,
         text_vocab_size: int = 0,
-        teacher_width: int = 0,
+        teacher_vocab_size: int = 0,
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -225,7 +225,7 @@ class SemanticTokenizer(nn.Module):
         )
         self.target_head = nn.Linear(width, num_target_codebooks * target_codebook_size)
         self.text_head = nn.Linear(width, text_vocab_size + 1) if text_vocab_size else None
-        self.teacher_head = nn.Linear(width, teacher_width) if teacher_width else None
+        self.teacher_head = nn.Linear(width, teacher_vocab_size) if teacher_vocab_size else None
 
     @property
     def num_augment_numbers(self) -> int:
@@ -336,7 +336,7 @@ class SemanticTokenizer(nn.Module):
             valid_BT=valid_BT,
             commitment_loss=commitment_loss,
             text_logits_BTW=None if self.text_head is None else self.text_head(upper_BTD),
-            teacher_BTH=None if self.teacher_head is None else self.teacher_head(hidden_BTD),
+            teacher_logits_BTH=None if self.teacher_head is None else self.teacher_head(hidden_BTD),
         )
 
     def _augment(self, mel_BTM: Tensor, length_B: Tensor, augment_BA: Tensor) -> Tensor:

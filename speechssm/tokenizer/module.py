@@ -1,8 +1,8 @@
 """Training of the semantic tokenizer: masked prediction, CTC where there is text, commitment, and
-where a teacher is named, prediction of its features.
+where a teacher is named, prediction of its units.
 
 Shapes: B batch, S samples, T time (25 Hz), L text length, V unit vocabulary, Q target codebooks,
-K codes in each, H width of the teacher's features, A random numbers of augmentation in a row.
+K codes in each, H units of the teacher, A random numbers of augmentation in a row.
 """
 
 from typing import Any
@@ -16,34 +16,6 @@ from speechssm.errors import ConfigError
 from speechssm.nn.optimization import build_optimizer
 from speechssm.nn.vector_quantization import sum_over_ranks
 from speechssm.tokenizer.losses import ctc_loss, histogram, mean_where, perplexity, prediction_loss
-from speechssm.tokenizer.model import FeatureNormalizer
-
-
-class Teacher(nn.Module):
-    """Frozen features of another encoder, each relative to its window's mean and running spread.
-
-    The mean over the window holds much of the voice and the microphone; what is left changes with
-    what is said.
-    """
-
-    def __init__(self, features: nn.Module):
-        super().__init__()
-        # In a list, so that its weights are no part of checkpoints.
-        self._features = [features.eval().requires_grad_(False)]
-        self.normalizer = FeatureNormalizer(features.width)
-
-    @property
-    def features(self) -> nn.Module:
-        return self._features[0]
-
-    def _apply(self, fn, recurse=True):
-        self.features._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-    @torch.no_grad()
-    def forward(self, audio_BS: Tensor, valid_BT: Tensor) -> Tensor:
-        """Audio float32 [B, S] to float32 [B, S // hop_length, H]."""
-        return self.normalizer(self.features(audio_BS).float(), valid_BT)
 
 
 class TokenizerModule(lightning.LightningModule):
@@ -58,10 +30,10 @@ class TokenizerModule(lightning.LightningModule):
         ctc_weight, commitment_weight: of those losses; masked prediction counts 1.
         unmasked_weight: of predicting the targets at frames that are not masked, as HuBERT may.
             There the units have to carry what the frame itself holds, which teaches them faster.
-        teacher: `_target_` and arguments of features at 25 Hz (`speechssm.tokenizer.adapters`)
-            that a head below the quantiser predicts; None for no distillation. The teacher is
-            not saved with the run.
-        teacher_weight: of the mean squared error to the teacher's normalised features.
+        teacher: `_target_` and arguments of another `FrameTokenizer` whose units a head below the
+            quantiser predicts at every frame, as HuBERT does those of k-means; None for no
+            distillation. The teacher is not saved with the run.
+        teacher_weight: of that cross entropy.
         seed: of the masks in validation, which are the same every time.
 
     Raises:
@@ -80,21 +52,15 @@ class TokenizerModule(lightning.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.teacher = None
+        # In a list, so that its weights are no part of checkpoints.
+        self._teacher: list[nn.Module] = []
         if teacher is not None:
-            self.teacher = Teacher(hydra.utils.instantiate(teacher))
-            model = {**model, "teacher_width": self.teacher.features.width}
+            self._teacher = [hydra.utils.instantiate(teacher).eval().requires_grad_(False)]
+            model = {**model, "teacher_vocab_size": self.teacher.vocab_size}
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
-        if self.teacher is not None and (
-            self.teacher.features.sample_rate,
-            self.teacher.features.hop_length,
-        ) != (self.model.sample_rate, self.model.hop_length):
-            raise ConfigError(
-                f"stage.teacher has {self.teacher.features.hop_length} samples a frame at "
-                f"{self.teacher.features.sample_rate} Hz, the tokenizer {self.model.hop_length} at "
-                f"{self.model.sample_rate} Hz; choose features at {self.model.rate} Hz"
-            )
+        if self.teacher is not None:
+            check_teacher(self.teacher, self.model)
         self.teacher_weight = teacher_weight
         self.ctc_weight = ctc_weight
         self.commitment_weight = commitment_weight
@@ -104,6 +70,15 @@ class TokenizerModule(lightning.LightningModule):
         self.register_buffer("unit_counts_V", torch.zeros(self.model.vocab_size), persistent=False)
         target_counts_QK = torch.zeros(self.model.targets.codebook_QKC.shape[:2])
         self.register_buffer("target_counts_QK", target_counts_QK, persistent=False)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teacher[0] if self._teacher else None
+
+    def _apply(self, fn, recurse=True):
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def losses(
         self, batch: dict[str, Tensor], uniform_BT: Tensor, augment_BA: Tensor | None = None
@@ -133,9 +108,12 @@ class TokenizerModule(lightning.LightningModule):
             )
             loss = loss + self.ctc_weight * figures["ctc_loss"]
         if self.teacher is not None:
-            teacher_BTH = self.teacher(batch["audio"], output.valid_BT)
-            error_BT = (output.teacher_BTH.float() - teacher_BTH).square().mean(dim=-1)
-            figures["teacher_loss"] = mean_where(error_BT, output.valid_BT)
+            teacher_BT = self.teacher.tokenize(batch["audio"])
+            loss_BT, correct_BT = prediction_loss(
+                output.teacher_logits_BTH[:, :, None], teacher_BT[:, :, None]
+            )
+            figures["teacher_loss"] = mean_where(loss_BT, output.valid_BT)
+            figures["teacher_accuracy"] = mean_where(correct_BT, output.valid_BT)
             loss = loss + self.teacher_weight * figures["teacher_loss"]
         figures["target_counts"] = torch.stack(
             [
@@ -199,3 +177,13 @@ class TokenizerModule(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
+    """Raises ConfigError unless both make the same number of units of the same audio."""
+    theirs, ours = ((network.sample_rate, network.hop_length) for network in (teacher, model))
+    if theirs != ours:
+        raise ConfigError(
+            f"stage.teacher has a unit for {theirs[1]} samples at {theirs[0]} Hz, the tokenizer "
+            f"for {ours[1]} at {ours[0]} Hz; choose a teacher of {model.rate} units a second"
+        )

@@ -171,47 +171,48 @@ def test_training_steps_run_with_shapes_alone():
     assert figures["loss"].shape == ()
 
 
-class Spectrum(torch.nn.Module):
-    """A teacher that can be learned: energies of the tones that `tones` plays."""
+class Pitch(torch.nn.Module):
+    """A teacher that can be learned: which of the notes of `tones` a unit holds."""
 
-    sample_rate, hop_length, width = 16_000, 640, 3
+    sample_rate, vocab_size = 16_000, 8
 
     def __init__(self, hop_length: int = 640):
         super().__init__()
         self.hop_length = hop_length
-        self.scale = torch.nn.Parameter(torch.ones(3))
+        bins = 200 * 1.3 ** torch.arange(8) / 25
+        self.bin_V = torch.nn.Parameter(bins, requires_grad=True)
 
-    def forward(self, audio):
+    def tokenize(self, audio):
         frames = audio[:, : audio.shape[1] // 640 * 640].unflatten(1, (-1, 640))
-        energy = torch.fft.rfft(frames).abs()[..., 1:91].unflatten(-1, (3, 30)).sum(-1)
-        return energy.log1p() * self.scale
+        energy = torch.fft.rfft(frames).abs()
+        return energy[..., self.bin_V.round().long()].argmax(dim=-1)
 
 
-TEACHER = {"_target_": f"{__name__}.Spectrum"}
+TEACHER = {"_target_": "Pitch"}
 
 
-def test_a_teachers_features_are_learned_and_its_weights_are_not_saved(tmp_path, monkeypatch):
+@pytest.fixture
+def teachers(monkeypatch):
+    """Makes `TEACHER` stand for the teacher that is put into the returned list."""
     import hydra.utils
 
-    build = hydra.utils.instantiate
-    monkeypatch.setattr(
-        hydra.utils, "instantiate", lambda c: Spectrum() if c is TEACHER else build(c)
-    )
+    build, held = hydra.utils.instantiate, []
+    monkeypatch.setattr(hydra.utils, "instantiate", lambda c: held[0] if c is TEACHER else build(c))
+    return held
+
+
+def test_a_teachers_units_are_learned_and_its_weights_are_not_saved(teachers, tmp_path):
+    teachers.append(Pitch())
     module, seen, figures = fit(60, tmp_path, teacher=TEACHER, teacher_weight=3.0)
     losses = [step["train/teacher_loss"] for step in seen]
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert 0 < figures["val/teacher_loss"] < 0.5  # 1 would be the spread of the features themselves
-    assert module.hparams["model"]["teacher_width"] == 3
-    assert not [name for name in module.state_dict() if name.endswith(".scale")]
-    assert not module.teacher.features.scale.requires_grad
+    assert losses[0] > 1.5 and sum(losses[-5:]) / 5 < 0.5  # nats; ln 8 is 2.08
+    assert figures["val/teacher_accuracy"] > 0.8
+    assert module.hparams["model"]["teacher_vocab_size"] == 8
+    assert not [name for name in module.state_dict() if "bin_V" in name]
+    assert not module.teacher.bin_V.requires_grad
 
 
-def test_a_teacher_of_another_rate_is_refused(monkeypatch):
-    import hydra.utils
-
-    build = hydra.utils.instantiate
-    monkeypatch.setattr(
-        hydra.utils, "instantiate", lambda c: Spectrum(320) if c is TEACHER else build(c)
-    )
-    with pytest.raises(ConfigError, match=r"stage\.teacher has 320 samples a frame"):
+def test_a_teacher_of_another_rate_is_refused(teachers):
+    teachers.append(Pitch(320))
+    with pytest.raises(ConfigError, match=r"stage\.teacher has a unit for 320 samples"):
         TokenizerModule(MODEL, OPTIMIZER, teacher=TEACHER)
