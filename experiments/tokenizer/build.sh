@@ -82,8 +82,8 @@ main() {
     if [ -n "$WHISPER" ]; then
         say "4/6 whisper: k-means on layer 4 of the Whisper encoder"
         kmeans whisper whisper features.weights="$WHISPER" features.layer=4
-        say "5/6 distilled: the same training, which also predicts that layer"
-        train distilled stage.teacher.weights="$WHISPER" ${training[@]+"${training[@]}"}
+        say "5/6 distilled: the same training, which also predicts those units"
+        train distilled stage.teacher.name_or_path="$FOLDER/whisper" ${training[@]+"${training[@]}"}
         systems+=(whisper distilled distilled_500)
     else
         say "4/6, 5/6 left out: they need WHISPER"
