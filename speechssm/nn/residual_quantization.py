@@ -15,20 +15,13 @@ from torch.nn import functional
 from speechssm.errors import ConfigError, FingerprintError
 from speechssm.nn.vector_quantization import (
     Float32Buffers,
+    nearest_code,
     rank_and_world,
     sum_over_ranks,
-    without_autocast,
 )
 
 # Two primes larger than any batch: a cheap walk over the frames of a batch that looks random.
 FRAME_STRIDE, UPDATE_STRIDE = 1_000_003, 15_485_863
-
-
-def nearest(x_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
-    """Index of the Euclidean nearest code, int64 [N]. One matrix product; x squared is constant."""
-    with without_autocast(x_ND.device.type):
-        score_NK = x_ND @ codebook_KD.T - 0.5 * codebook_KD.square().sum(-1)
-    return score_NK.argmax(-1)
 
 
 def assignments(
@@ -117,7 +110,7 @@ class ResidualVectorQuantizer(Float32Buffers):
         commitment = x_ND.new_zeros(())
         for level in range(self.num_quantizers):
             codebook_KD = self.codebook_QKD[level]
-            indices_N = nearest(residual_ND, codebook_KD)
+            indices_N = nearest_code(residual_ND, codebook_KD)
             chosen_ND = functional.embedding(indices_N, codebook_KD)
             used_N1 = used_NQ[:, level, None]
             # x minus the codes so far: the residual again, but with a gradient to x.
@@ -171,7 +164,7 @@ class ResidualVectorQuantizer(Float32Buffers):
         for level in range(self.num_quantizers):
             codebook_KD = self._frames(residual_ND, level)
             for _ in range(iterations):
-                indices_N = nearest(residual_ND, codebook_KD)
+                indices_N = nearest_code(residual_ND, codebook_KD)
                 count_K, sum_KD = assignments(residual_ND, indices_N, self.codebook_size)
                 mean_KD = sum_KD / count_K[:, None].clamp(min=1e-8)
                 codebook_KD = torch.where(count_K[:, None] > 0, mean_KD, codebook_KD)
@@ -180,7 +173,7 @@ class ResidualVectorQuantizer(Float32Buffers):
             self.codebook_QKD[level] = codebook_KD
             self.count_QK[level] = count_K
             self.sum_QKD[level] = codebook_KD * count_K[:, None]
-            residual_ND = residual_ND - codebook_KD[nearest(residual_ND, codebook_KD)]
+            residual_ND = residual_ND - codebook_KD[nearest_code(residual_ND, codebook_KD)]
 
     def levels(self, num_quantizers: int | None) -> int:
         """`num_quantizers`, or Q for None; a ConfigError if there are not so many."""
@@ -203,7 +196,7 @@ class ResidualVectorQuantizer(Float32Buffers):
         residual_ND = x_BTD.float().reshape(batch * time, width)
         codes = []
         for codebook_KD in self.codebook_QKD[:levels]:
-            indices_N = nearest(residual_ND, codebook_KD)
+            indices_N = nearest_code(residual_ND, codebook_KD)
             residual_ND = residual_ND - codebook_KD[indices_N]
             codes.append(indices_N.view(batch, time))
         return torch.stack(codes, dim=1)

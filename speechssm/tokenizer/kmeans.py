@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from speechssm.errors import ConfigError
-from speechssm.nn.residual_quantization import nearest
+from speechssm.nn.vector_quantization import nearest_code
 
 log = logging.getLogger(__name__)
 
-# Rows that are compared with all centroids at once.
+# Vectors that are assigned at once, and that make a mini-batch.
 CHUNK_ROWS = 8192
 # The full iterations end when the mean squared distance falls by less than this share.
 TOLERANCE = 5e-4
@@ -52,7 +52,7 @@ class KMeansTokenizer(nn.Module):
     def tokenize(self, audio_BS: Tensor) -> Tensor:
         """Audio float32 [B, S] to units int64 [B, S // hop_length]."""
         features_BTD = self.features(audio_BS)
-        units_N = nearest_chunked(features_BTD.flatten(0, 1), self.centroids_VD)
+        units_N = nearest_code(features_BTD.flatten(0, 1), self.centroids_VD)
         return units_N.view(features_BTD.shape[:2])
 
 
@@ -67,12 +67,6 @@ class Clusters(NamedTuple):
     vectors: int
     pooled: int
     mean_squared_distance: float
-
-
-def nearest_chunked(vectors_ND: Tensor, centroids_VD: Tensor) -> Tensor:
-    """Index int64 [N] of the closest centroid, in memory that N * V would not fit."""
-    pieces = [nearest(chunk_ND, centroids_VD) for chunk_ND in vectors_ND.split(CHUNK_ROWS)]
-    return torch.cat(pieces) if pieces else vectors_ND.new_zeros(0, dtype=torch.int64)
 
 
 class Members(NamedTuple):
@@ -95,7 +89,7 @@ def members(batches: Iterable[Tensor], centroids_VD: Tensor) -> Members:
     squared_distance = 0.0
     for batch_ND in batches:
         for vectors_ND in batch_ND.split(CHUNK_ROWS):
-            indices_N = nearest(vectors_ND, centroids_VD)
+            indices_N = nearest_code(vectors_ND, centroids_VD)
             sum_VD.index_add_(0, indices_N, vectors_ND.double())
             count_V += torch.bincount(indices_N, minlength=len(count_V))
             error_ND = vectors_ND - centroids_VD[indices_N]
@@ -175,7 +169,7 @@ def fit_pool(pool_ND: Tensor, vocab_size: int, seed: int) -> tuple[Tensor, Membe
         before = current.squared_distance
         centroids_VD = current.mean(centroids_VD)
         if empty_V.any():
-            indices_N = nearest_chunked(pool_ND, centroids_VD)
+            indices_N = nearest_code(pool_ND, centroids_VD)
             distance_N = (pool_ND - centroids_VD[indices_N]).square().sum(dim=-1)
             for cluster in empty_V.nonzero().flatten().tolist():
                 centroids_VD[cluster] = pool_ND[distance_N.argmax()]

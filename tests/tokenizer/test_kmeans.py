@@ -14,7 +14,6 @@ from speechssm.tokenizer.kmeans import (
     fit_pool,
     kmeans_tokenizer,
     members,
-    nearest_chunked,
     spread_out,
 )
 from speechssm.tokenizer.windowed import WindowedTokenizer
@@ -147,13 +146,6 @@ def test_impossible_settings_and_broken_features_are_refused():
         fit_kmeans(lambda: [data], 4, pool_size=3)
     with pytest.raises(ConfigError, match="NaN"):
         fit_kmeans(lambda: [data.clone().index_fill_(0, torch.tensor([4]), float("nan"))], 2)
-
-
-def test_the_search_in_chunks_is_the_search():
-    vectors, centroids = torch.randn(kmeans.CHUNK_ROWS + 7, 3), torch.randn(11, 3)
-    expected = torch.cdist(vectors, centroids).argmin(dim=1)
-    assert (nearest_chunked(vectors, centroids) == expected).float().mean() > 0.999
-    assert nearest_chunked(vectors[:0], centroids).shape == (0,)
 
 
 def test_a_fitted_tokenizer_survives_its_state_dict():
