@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from speechssm.audio.features import LogMel
 from speechssm.errors import ConfigError
 from speechssm.nn.conformer import Conformer
+from speechssm.nn.finite_scalar_quantization import FiniteScalarQuantizer
 from speechssm.nn.vector_quantization import Float32Buffers, VectorQuantizer, sum_over_ranks
 from speechssm.tokenizer.masking import SpecAugment, repeat_frames, span_mask, warp_frequencies
 from speechssm.tokenizer.random_projection import RandomProjectionQuantizer
@@ -197,8 +198,6 @@ class SemanticTokenizer(nn.Module):
         shape = (width, num_heads, ffn_width, conv_kernel, dropout)
         self.lower = Conformer(lower_layers, *shape, rotary=True)
         if quantization == "finite_scalar":
-            from speechssm.nn.finite_scalar_quantization import FiniteScalarQuantizer
-
             self.quantizer = FiniteScalarQuantizer(finite_scalar_levels or (), width)
             if self.quantizer.codebook_size != vocab_size:
                 raise ConfigError(
@@ -214,6 +213,7 @@ class SemanticTokenizer(nn.Module):
                 cosine=cosine,
                 dead_code_threshold=dead_code_threshold,
                 whiten=True,
+                learning=quantization,
             )
         self.upper = Conformer(upper_layers, *shape, rotary=True)
         self.targets = RandomProjectionQuantizer(

@@ -195,7 +195,7 @@ def test_augmentation_changes_what_is_seen_and_not_the_targets():
     "options",
     [
         {"quantization": "gradient"},
-        {"quantization": "finite_scalar", "finite_scalar_levels": [4, 4, 2]},
+        {"quantization": "finite_scalar", "finite_scalar_levels": [4, 8]},
     ],
 )
 def test_other_quantisers_train_and_tokenize(options):
