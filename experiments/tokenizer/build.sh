@@ -4,8 +4,9 @@
 #   bash experiments/tokenizer/build.sh SOURCE [SOURCE ...] [corpus.KEY=VALUE ...] [KEY=VALUE ...]
 #
 # SOURCE are folders of recordings as data/folder.md describes them; corpus.KEY=VALUE says what is held
-# out of them, any other KEY=VALUE goes to the trainings. Every line below is a command that you can run by itself. A second run goes on where
-# the first one stopped.
+# out of them, options.KEY=VALUE goes to the evaluation, and any other KEY=VALUE to the trainings.
+# Every line below is a command that you can run by itself. A second run goes on where the first one
+# stopped.
 #
 #   FOLDER    where everything is written; runs/tokenizer
 #   WEIGHTS   where exported weights go; data/weights/tokenizer of this checkout
@@ -35,7 +36,7 @@ run() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
 train() {
     local name=$1
     shift
-    run speechssm train experiment="tokenizer_$name" name="tokenizer/$name" run_folder="$FOLDER/$name" \
+    run speechssm train experiment=tokenizer name="tokenizer/$name" run_folder="$FOLDER/$name" \
         seed="$SEED" trainer="$([ "$DEVICE" = cpu ] && echo cpu || echo gpu)" \
         data.folder="$FOLDER/audio" data.text_model="$FOLDER/sentencepiece/text.model" "$@"
     run speechssm export model="$FOLDER/$name" out="$WEIGHTS/$name" \
@@ -53,10 +54,11 @@ kmeans() {
 }
 
 main() {
-    local sources=() options=() training=() systems=(log_mel mfcc small small_500) word
+    local sources=() options=() training=() measuring=() systems=(log_mel mfcc small small_500) word
     for word in "$@"; do
         case $word in
             corpus.*) options+=("$word") ;;
+            options.*) measuring+=("$word") ;;
             *=*) training+=("$word") ;;
             *) sources+=("$(realpath "$word")") ;;
         esac
@@ -83,7 +85,7 @@ main() {
         say "4/6 whisper: k-means on layer 4 of the Whisper encoder"
         kmeans whisper whisper features.weights="$WHISPER" features.layer=4
         say "5/6 distilled: the same training, which also predicts those units"
-        train distilled stage.teacher.name_or_path="$FOLDER/whisper" ${training[@]+"${training[@]}"}
+        train distilled stage.teacher="$FOLDER/whisper" ${training[@]+"${training[@]}"}
         systems+=(whisper distilled distilled_500)
     else
         say "4/6, 5/6 left out: they need WHISPER"
@@ -92,7 +94,7 @@ main() {
     say "6/6 compare: all of them on the held-out speakers"
     run speechssm evaluate tokenizer data="$FOLDER/audio" out="$FOLDER/evaluation" \
         tokenizer="[$(printf "$FOLDER/%s\n" "${systems[@]}" | paste -sd,)]" seed="$SEED" \
-        device="$DEVICE"
+        device="$DEVICE" ${measuring[@]+"${measuring[@]}"}
     say "done: $FOLDER/evaluation/table.md"
 }
 

@@ -30,8 +30,8 @@ class TokenizerModule(lightning.LightningModule):
         ctc_weight, commitment_weight: of those losses; masked prediction counts 1.
         unmasked_weight: of predicting the targets at frames that are not masked, as HuBERT may.
             There the units have to carry what the frame itself holds, which teaches them faster.
-        teacher: `_target_` and arguments of another `FrameTokenizer` whose units a head below the
-            quantiser predicts at every frame, as HuBERT does those of k-means; None for no
+        teacher: another tokenizer, by what `speechssm.loading.load` takes, whose units a head below
+            the quantiser predicts at every frame, as HuBERT does those of k-means; None for no
             distillation. The teacher is not saved with the run.
         teacher_weight: of that cross entropy.
         seed: of the masks in validation, which are the same every time.
@@ -47,15 +47,15 @@ class TokenizerModule(lightning.LightningModule):
         ctc_weight: float = 0.3,
         commitment_weight: float = 0.25,
         unmasked_weight: float = 0.0,
-        teacher: dict | None = None,
-        teacher_weight: float = 1.0,
+        teacher: str | None = None,
+        teacher_weight: float = 2.0,
         seed: int = 0,
     ):
         super().__init__()
         # In a list, so that its weights are no part of checkpoints.
         self._teacher: list[nn.Module] = []
         if teacher is not None:
-            self._teacher = [hydra.utils.instantiate(teacher).eval().requires_grad_(False)]
+            self._teacher = [load_teacher(teacher)]
             model = {**model, "teacher_vocab_size": self.teacher.vocab_size}
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
@@ -177,6 +177,13 @@ class TokenizerModule(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def load_teacher(name_or_path: str) -> nn.Module:
+    """The frozen network of another tokenizer; how it is found is none of this room's business."""
+    source = {"_target_": "speechssm.loading.load_network", "stage": "tokenizer"}
+    network = hydra.utils.instantiate(source, name_or_path=name_or_path)
+    return network.eval().requires_grad_(False)
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module) -> None:

@@ -40,7 +40,8 @@ def commands(script: str, words: list[str], folder: Path, **environment: str) ->
         ("demo/run.sh", [], {}, {"prepare", "train", "tokenize", "encode", "generate", "evaluate",
                                  "bench", "report"}),
         ("throughput/cpu.sh", [], {}, {"bench"}),
-        ("tokenizer/build.sh", [".", "corpus.heldout_sets=[test]", "trainer.max_steps=9"], {"WHISPER": "weights"},
+        ("tokenizer/build.sh", [".", "corpus.heldout_sets=[test]", "trainer.max_steps=9",
+          "options.tokenizer.excerpts=2"], {"WHISPER": "weights"},
          {"prepare", "train", "export", "evaluate"}),
     ],
 )  # fmt: skip

@@ -188,22 +188,20 @@ class Pitch(torch.nn.Module):
         return energy[..., self.bin_V.round().long()].argmax(dim=-1)
 
 
-TEACHER = {"_target_": "Pitch"}
-
-
 @pytest.fixture
 def teachers(monkeypatch):
-    """Makes `TEACHER` stand for the teacher that is put into the returned list."""
-    import hydra.utils
-
-    build, held = hydra.utils.instantiate, []
-    monkeypatch.setattr(hydra.utils, "instantiate", lambda c: held[0] if c is TEACHER else build(c))
+    """What "pitch" stands for is put into the returned list."""
+    held = []
+    monkeypatch.setattr(
+        "speechssm.loading.load_network",
+        lambda stage, name_or_path: {"pitch": held}[name_or_path][0],
+    )
     return held
 
 
 def test_a_teachers_units_are_learned_and_its_weights_are_not_saved(teachers, tmp_path):
     teachers.append(Pitch())
-    module, seen, figures = fit(60, tmp_path, teacher=TEACHER, teacher_weight=3.0)
+    module, seen, figures = fit(60, tmp_path, teacher="pitch", teacher_weight=3.0)
     losses = [step["train/teacher_loss"] for step in seen]
     assert losses[0] > 1.5 and sum(losses[-5:]) / 5 < 0.5  # nats; ln 8 is 2.08
     assert figures["val/teacher_accuracy"] > 0.8
@@ -215,4 +213,4 @@ def test_a_teachers_units_are_learned_and_its_weights_are_not_saved(teachers, tm
 def test_a_teacher_of_another_rate_is_refused(teachers):
     teachers.append(Pitch(320))
     with pytest.raises(ConfigError, match=r"stage\.teacher has a unit for 320 samples"):
-        TokenizerModule(MODEL, OPTIMIZER, teacher=TEACHER)
+        TokenizerModule(MODEL, OPTIMIZER, teacher="pitch")
