@@ -236,7 +236,9 @@ def tokenize(config: dict[str, Any]) -> None:
     from speechssm.data.tokenize import tokenize_shards
     from speechssm.loading import load
 
-    tokenizer = load("tokenizer", config["tokenizer"], device=config["device"])
+    tokenizer = load(
+        "tokenizer", config["tokenizer"], device=config["device"], windows=config["windows"]
+    )
     options = {key: config[key] for key in ("index", "count", "progress")}
     tokenize_shards(config["data"], config["out"], tokenizer, **options)
 
@@ -257,7 +259,7 @@ def generate(config: dict[str, Any]) -> None:
     from speechssm.pipeline import generate_to_file
 
     options = dict(config)
-    for key in ("paths", "device", "prompt", "voice", "out", "seconds", "seed"):
+    for key in ("paths", "windows", "device", "prompt", "voice", "out", "seconds", "seed"):
         options.pop(key, None)
     stages = {
         "tokenizer": "tokenizer",
@@ -272,7 +274,8 @@ def generate(config: dict[str, Any]) -> None:
     if config.get("voice"):
         options["voice"] = read_audio(config["voice"])
     for key, stage in stages.items():
-        options[key] = load(stage, config[key], device=config.get("device", "cpu"))
+        windows = config.get("windows") if stage == "tokenizer" else None
+        options[key] = load(stage, config[key], device=config.get("device", "cpu"), windows=windows)
     if config.get("prompt"):
         options["prompt_name"] = str(config["prompt"])
     asked = (config["out"], audio, rate, config["seconds"], config["seed"])

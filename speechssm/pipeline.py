@@ -142,7 +142,7 @@ def generate(
     return stream(units, synthesizer)
 
 
-def units_in(seconds: float, rate: int) -> int:
+def units_in(seconds: float, rate: float) -> int:
     """Whole units that cover a time; a float's last digit does not add one."""
     return math.ceil(round(seconds * rate, 6))
 
@@ -264,7 +264,7 @@ def check_models(tokenizer, lm, soundstorm, codec) -> None:
                 )
     if tokenizer.rate * soundstorm.unit_repeat * codec.hop_length != codec.sample_rate:
         raise ConfigError(
-            f"{tokenizer.rate} units a second of {soundstorm.unit_repeat} frames of "
+            f"{tokenizer.rate:g} units a second of {soundstorm.unit_repeat} frames of "
             f"{codec.hop_length} samples are not {codec.sample_rate} samples a second: the codec "
             "or the tokenizer is not the one that SoundStorm was trained with"
         )

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from speechssm.configuration import compose, conf_folder
 from speechssm.errors import ConfigError
+from speechssm.loading import checked_windows
 from speechssm.runtime.resolvers import stage_name
 from speechssm.runtime.run_folder import plain_config
 from speechssm.runtime.training import build_trainer, train
@@ -54,6 +55,9 @@ def test_every_yaml_composes(file: str) -> None:
         assert compose(name).paths.root
     elif group in ("corpus", "features", "adapter"):
         assert "_target_" in compose("prepare", [f"{group}={name}"])[group]
+    elif group == "windows":
+        options = compose("tokenize", [f"windows={name}"])[group]
+        assert checked_windows(options)["padding"] == {"paper": "repeat"}.get(name, name)
     else:
         overrides = [*overrides_for(group, name), "data.folder=shards"]
         if group == "hydra/launcher":

@@ -1,6 +1,7 @@
 """What a training leaves can be loaded and exported; whatever is wrong with it is one line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from speechssm.configuration import compose
 from speechssm.errors import CheckpointError, ConfigError
-from speechssm.loading import WEIGHTS_VARIABLE, export, load
+from speechssm.loading import WEIGHTS_VARIABLE, Saved, export, load, write_own
 from speechssm.runtime.training import train
 
 
@@ -191,3 +192,56 @@ def test_a_config_cannot_call_anything_but_a_network(exported: Path, tmp_path: P
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match="is no network of this project"):
             load("lm", folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of k-means over log-mel, as `prepare kmeans` writes it."""
+    from speechssm.tokenizer.adapters import LogMelFeatures
+    from speechssm.tokenizer.kmeans import KMeansTokenizer
+
+    torch.manual_seed(0)
+    model = KMeansTokenizer(LogMelFeatures(), 8)
+    model.centroids_VD.normal_()
+    config = {
+        "_target_": "speechssm.tokenizer.kmeans.KMeansTokenizer",
+        "features": {"_target_": "speechssm.tokenizer.adapters.LogMelFeatures"},
+        "vocab_size": 8,
+    }
+    folder = tmp_path_factory.mktemp("weights") / "tokenizer"
+    write_own(model, Saved(folder, "tokenizer", config, model.state_dict(), {}), folder)
+    return folder
+
+
+def test_a_tokenizer_comes_with_the_papers_windows_or_with_others(tokenizer_folder: Path) -> None:
+    paper = load("tokenizer", tokenizer_folder)
+    assert (paper.spec.window, paper.spec.overlap, paper.padding) == (480_000, 64_000, "repeat")
+    named = compose("tokenize", ["data=a", "tokenizer=b", "out=c"]).windows
+    assert load("tokenizer", tokenizer_folder, windows=named).fingerprint == paper.fingerprint
+    named = compose("tokenize", ["windows=silence", "windows.drop_last_seconds=10"]).windows
+    other = load("tokenizer", tokenizer_folder, windows=named)
+    assert other.padding == "silence" and other.drop_last_samples == 160_000
+    assert other.fingerprint != paper.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ({"padding": "reflect"}, "unknown padding 'reflect': use repeat or silence"),
+        ({"window_second": 3}, "window_second is unknown; there are: window_seconds"),
+        ({"window_seconds": "long"}, "window_seconds=long must be a number"),
+        ({"overlap_seconds": True}, "overlap_seconds=True must be a number"),
+        ({"padding": 0}, "padding=0 must be repeat or silence"),
+        ({"window_seconds": 30.01}, "whole units of 0.04 s"),
+    ],
+)
+def test_impossible_windows_are_one_line(
+    tokenizer_folder: Path, windows: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load("tokenizer", tokenizer_folder, windows=windows)
+
+
+def test_windows_belong_to_tokenizers(exported: Path) -> None:
+    with pytest.raises(ConfigError, match="windows are for tokenizers, not for the stage lm"):
+        load("lm", exported, windows={"padding": "silence"})

@@ -9,6 +9,7 @@ The arithmetic is in whole numbers of any unit: samples, units or codec frames.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -126,3 +127,20 @@ class WindowStream:
         if self.padding == "repeat":
             audio[len(tail) :] = np.resize(beginning, self.spec.window - len(tail))
         return audio
+
+
+def without_end(blocks: Iterable[np.ndarray], samples: int) -> Iterator[np.ndarray]:
+    """Blocks of any length without the last `samples` samples, in memory for these and a block."""
+    if samples == 0:
+        yield from blocks
+        return
+    held: deque[np.ndarray] = deque()
+    total = 0
+    for block in blocks:
+        held.append(block)
+        total += len(block)
+        while total - len(held[0]) >= samples:
+            total -= len(held[0])
+            yield held.popleft()
+    if total > samples:
+        yield np.concatenate(held)[: total - samples]

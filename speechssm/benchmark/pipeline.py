@@ -298,7 +298,7 @@ def measure_positions(
     return points
 
 
-def position_rows(points: list[dict], rate: int, details: Mapping[str, object]) -> list[Row]:
+def position_rows(points: list[dict], rate: float, details: Mapping[str, object]) -> list[Row]:
     """State and time at the first and the last position, and their ratio."""
     first, last = points[0], points[-1]
     rows = []

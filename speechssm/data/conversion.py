@@ -223,6 +223,11 @@ def _write_indices(tasks: list[Task], kind: Kind, metadata: Mapping[str, Any]) -
     return True
 
 
+def json_number(value: float) -> int | float:
+    """25 for 25.0 and 12.5 for 12.5, so that a rate is written in one way."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
 def iterate_documents(path: Path) -> Iterator[tuple[str, Iterator[Sample]]]:
     """The documents of an audio shard: the name, and its consecutive samples in order."""
     return itertools.groupby(iterate_shard(path), key=lambda sample: sample["json"]["document"])

@@ -14,6 +14,7 @@ from speechssm.data.conversion import (
     Task,
     convert_shards,
     iterate_documents,
+    json_number,
 )
 from speechssm.data.shards import Shard, ShardRecord, clean_key, read_index
 from speechssm.data.stream import ShardReader
@@ -64,7 +65,7 @@ def encode_shards(
     of_units = indices["train"].metadata
     if indices["heldout"].metadata != of_units:
         raise ShardError(f"{units}: train and heldout are of two tokenizers; tokenize both again")
-    rate = int(of_units["rate"])
+    rate = float(of_units["rate"])
     frames_per_unit, samples_per_unit = _check_rates(codec, rate)
     piece_units = int(max_seconds * rate)
     if piece_units < 1:
@@ -80,7 +81,7 @@ def encode_shards(
         "codec_fingerprint": codec.fingerprint,
         "num_quantizers": int(codec.num_quantizers),
         "codebook_size": int(codec.codebook_size),
-        "frame_rate": rate * frames_per_unit,
+        "frame_rate": json_number(rate * frames_per_unit),
         "piece_units": piece_units,
         "max_document_units": max_units,
     }
@@ -181,13 +182,13 @@ def _chunks(blocks: Iterable[np.ndarray], size: int, multiple: int) -> Iterator[
         yield waiting[:last]
 
 
-def _check_rates(codec: "SoundStream", rate: int) -> tuple[int, int]:
+def _check_rates(codec: "SoundStream", rate: float) -> tuple[int, int]:
     """Codec frames and audio samples per unit."""
-    samples_per_unit, rest = divmod(codec.sample_rate, rate)
-    if rest or samples_per_unit % codec.hop_length:
+    samples_per_unit = round(codec.sample_rate / rate)
+    if samples_per_unit * rate != codec.sample_rate or samples_per_unit % codec.hop_length:
         raise ConfigError(
             f"a codec of {codec.sample_rate / codec.hop_length:g} frames per second does not fit "
-            f"{rate} units per second; train one with a whole number of frames per unit"
+            f"{rate:g} units per second; train one with a whole number of frames per unit"
         )
     if codec.codebook_size > 2**16:
         raise ConfigError(f"a codebook of {codec.codebook_size} entries does not fit uint16")

@@ -12,6 +12,7 @@ from speechssm.data.conversion import (
     Task,
     convert_shards,
     iterate_documents,
+    json_number,
 )
 from speechssm.data.shards import Shard, clean_key
 from speechssm.errors import AudioError, ConfigError
@@ -56,7 +57,7 @@ def tokenize_shards(
     metadata = {
         "tokenizer_fingerprint": fingerprint,
         "vocab_size": int(tokenizer.vocab_size),
-        "rate": int(tokenizer.rate),
+        "rate": json_number(tokenizer.rate),
     }
 
     def convert(task: Task, shard: Shard, advance: Callable[[float], None]) -> None:

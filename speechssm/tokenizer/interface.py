@@ -1,10 +1,12 @@
 """What every tokenizer, ours or adapted, offers to the rest of the package."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @runtime_checkable
@@ -13,18 +15,18 @@ class Tokenizer(Protocol):
 
     Attributes:
         sample_rate: of the model in Hz; other rates are resampled.
-        rate: units per second.
+        rate: units per second; 25.0 of ours, 12.5 of Mimi.
         vocab_size: V; units are 0 ... V - 1.
         fingerprint: 64 hex digits over config (window and padding policy included) and weights.
     """
 
     sample_rate: int
-    rate: int
+    rate: float
     vocab_size: int
     fingerprint: str
 
     def encode(self, audio: np.ndarray, rate: int) -> np.ndarray:
-        """Audio float32 [S] at `rate` Hz to int64 [T]; at 16 kHz, T = S // 640."""
+        """Audio float32 [S] at `rate` Hz to int64 [T], T = `num_units(S, rate)`."""
         ...
 
     def encode_stream(self, blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
@@ -33,6 +35,16 @@ class Tokenizer(Protocol):
         Args:
             blocks: consecutive float32 [any length] at `rate` Hz.
         """
+        ...
+
+    def encode_many(
+        self, recordings: Iterable[tuple[Key, Iterable[np.ndarray], int]]
+    ) -> Iterator[tuple[Key, np.ndarray]]:
+        """(key, units int64 [T]) of each (key, blocks, rate), in order; computed together."""
+        ...
+
+    def num_units(self, num_samples: int, rate: int) -> int:
+        """T of a recording of so many samples at `rate` Hz."""
         ...
 
 
