@@ -74,11 +74,16 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def masked_prediction(run: Run | None) -> tuple[float, float] | None:
-    """Last held-out nats per masked target of a tokenizer's run, and those of their unigram."""
-    if run is None:
+    """Held-out nats per masked target of a tokenizer's best checkpoint, and of their unigram."""
+    losses, masked, unigram = (
+        dict(zip(*run.history.get(f"val/{name}", ((), ())), strict=True)) if run else {}
+        for name in ("loss", "mlm_loss", "mlm_unigram_loss")
+    )
+    steps = losses.keys() & masked.keys() & unigram.keys()
+    if not steps:
         return None
-    loss, unigram = run.last("val/mlm_loss"), run.last("val/mlm_unigram_loss")
-    return None if loss is None or unigram is None else (loss, unigram)
+    best = min(steps, key=losses.__getitem__)
+    return masked[best], unigram[best]
 
 
 def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:

@@ -6,7 +6,6 @@ Shapes: T units, S samples.
 import json
 import multiprocessing
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -182,12 +181,17 @@ def alignable_text(utterance: Utterance) -> tuple[str | None, str]:
     """The words to align, or None and the reason why there are none."""
     if not utterance.text:
         return None, "without transcript"
-    if re.search(r"\d", utterance.text):
-        return None, "with digits"  # figures are read in more than one way
+    if has_figures(utterance.text):
+        return None, "with digits"
     if utterance.stop - utterance.start > _LONGEST_SECONDS * RATE:
         return None, f"longer than {_LONGEST_SECONDS:.0f} s"
     text = normalise_text(utterance.text)
     return (text, "") if text else (None, "without transcript")
+
+
+def has_figures(text: str) -> bool:
+    """Whether a transcript has digits, which are read in more than one way."""
+    return any(character.isdigit() for character in text)
 
 
 def default_workers() -> int:

@@ -5,9 +5,7 @@ measure that is not possible (no transcripts, one speaker, a missing package) is
 note that says why, never with a number.
 """
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,89 +14,37 @@ import numpy as np
 from speechssm.errors import ConfigError
 from speechssm.evaluation.results import progress_bar
 from speechssm.evaluation.tokenizer import results
-from speechssm.evaluation.tokenizer.alignment import Alignments, align_phones, default_workers
+from speechssm.evaluation.tokenizer.alignment import (
+    Alignments,
+    align_phones,
+    default_workers,
+    has_figures,
+)
 from speechssm.evaluation.tokenizer.corpus import RATE, Document, Material, choose_material
-from speechssm.evaluation.tokenizer.end_of_recording import EndOfRecording, end_of_recording
-from speechssm.evaluation.tokenizer.phones import PhoneMeasures, measure_phones
-from speechssm.evaluation.tokenizer.robustness import Robustness, unit_robustness
-from speechssm.evaluation.tokenizer.speakers import SpeakerMeasure, SpeakerTask
-from speechssm.evaluation.tokenizer.units import UnitMeasures, measure_units
-from speechssm.evaluation.tokenizer.window_agreement import WindowAgreement, window_agreement
+from speechssm.evaluation.tokenizer.end_of_recording import end_of_recording
+from speechssm.evaluation.tokenizer.findings import Candidate, Findings, Measured
+from speechssm.evaluation.tokenizer.phones import measure_phones
+from speechssm.evaluation.tokenizer.recognition import (
+    AudioUtterance,
+    UnitUtterance,
+    head_word_error,
+    recognise_units,
+)
+from speechssm.evaluation.tokenizer.robustness import unit_robustness
+from speechssm.evaluation.tokenizer.speakers import PIECE_SECONDS, SpeakerTask
+from speechssm.evaluation.tokenizer.units import measure_units
+from speechssm.evaluation.tokenizer.window_agreement import window_agreement
 from speechssm.report.rows import Row
-from speechssm.tokenizer.windowed import WindowedTokenizer
-
-logger = logging.getLogger(__name__)
 
 MEASURES = (
-    "units", "phones", "speakers", "robustness", "window_agreement", "end_of_recording",
+    "units", "phones", "speakers", "recognition", "robustness", "window_agreement",
+    "end_of_recording",
 )  # fmt: skip
 ANEW = ("robustness", "window_agreement", "end_of_recording")  # these tokenize excerpts again
 ALIGNERS = ("pocketsphinx", "ctc")
 EXCERPT_SECONDS = 30.0
 
 Begin = Callable[[str, int], Callable[[], None]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A tokenizer to measure.
-
-    Attributes:
-        name: what rows call it.
-        details: `seed`, `config_hash`, `model`, `scale` of its training, for the rows.
-        masked_prediction: held-out nats per masked target, and those of the targets' unigram, as
-            its training logged them; None where it is not known.
-        text_model: its sentencepiece model, where it has a recognition head and a model is known.
-    """
-
-    name: str
-    tokenizer: WindowedTokenizer
-    details: Mapping[str, Any] = field(default_factory=dict)
-    masked_prediction: tuple[float, float] | None = None
-    text_model: Path | None = None
-
-    @property
-    def is_log_mel_baseline(self) -> bool:
-        """Whether it is k-means over log-mel, what others are compared with."""
-        return self.tokenizer.model.config.get("features") == "LogMelFeatures"
-
-
-@dataclass
-class Measured:
-    """What was found out about one candidate; None where it was not measured."""
-
-    candidate: Candidate
-    heldout_units: list[np.ndarray]
-    units: UnitMeasures | None = None
-    phones: PhoneMeasures | None = None
-    speakers: SpeakerMeasure | None = None
-    robustness: Robustness | None = None
-    window_agreement: list[WindowAgreement] | None = None
-    end_of_recording: list[EndOfRecording] | None = None
-
-
-@dataclass
-class Findings:
-    """Everything that results are written from.
-
-    Attributes:
-        log_mel_speakers: the speaker probe on log-mel statistics.
-        alignments: what phones were told by.
-        material: some numbers about what was measured.
-        notes: what was left out, and why.
-    """
-
-    systems: list[Measured]
-    log_mel_speakers: SpeakerMeasure | None = None
-    alignments: Alignments | None = None
-    material: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        """Say that something is left out; the same thing once."""
-        if text not in self.notes:
-            self.notes.append(text)
-            logger.warning("%s", text)
 
 
 def evaluate_tokenizer(
@@ -117,6 +63,7 @@ def evaluate_tokenizer(
     aligner: str = "pocketsphinx",
     excerpts: int = 24,
     cuts: int = 200,
+    probe_steps: int = 1500,
     workers: int | None = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -133,6 +80,7 @@ def evaluate_tokenizer(
             candidate that has one, for the pieces of its text model instead of phones.
         excerpts: of 30 s, how many robustness and the agreement of windows take.
         cuts: how many ends of recordings the implicit-EOS test makes; each costs three windows.
+        probe_steps: of the recogniser that is trained on the units.
         workers: processes that align; None: as many as there are cores.
         seed: of every choice.
 
@@ -177,6 +125,8 @@ def evaluate_tokenizer(
             )
         if "speakers" in wanted:
             _measure_speakers(findings, material, seed, begin)
+        if "recognition" in wanted:
+            _measure_recognition(findings, material, probe_steps, seed, begin)
         if set(ANEW) & set(wanted):
             _measure_anew(findings, documents, wanted, excerpts, cuts, seed, begin)
     findings.material = _describe(material)
@@ -273,19 +223,73 @@ def _measure_speakers(findings: Findings, material: Material, seed: int, begin: 
     if not material.speakers_known:
         findings.note("speakers: left out: the folder has no manifest.tsv that names its speakers")
         return
-    task = SpeakerTask(material.heldout)
-    if not task.possible:
-        findings.note("speakers: left out: fewer than two held-out speakers with 40 s of speech")
+    for seconds in PIECE_SECONDS:
+        task = SpeakerTask(material.heldout, seconds)
+        what = f"speakers, pieces of {seconds:g} s"
+        if not task.possible:
+            findings.note(f"{what}: left out: fewer than two held-out speakers with four pieces")
+            continue
+        if task.left_out:
+            findings.note(f"{what}: {task.left_out} speakers have too little speech")
+        advance = begin(f"log-mel, {what}", len(task.pieces))
+        findings.log_mel_speakers[seconds] = task.of_log_mel(seed=seed, advance=advance)
+        advance = begin(f"probes, {what}", len(findings.systems))
+        for system in findings.systems:
+            rate = system.candidate.tokenizer.rate
+            system.speakers[seconds] = task.of_units(system.heldout_units, rate, seed=seed)
+            advance()
+
+
+def _measure_recognition(
+    findings: Findings, material: Material, probe_steps: int, seed: int, begin: Begin
+) -> None:
+    """A recogniser of each system's units, and the recognition heads that systems have."""
+    if not any(entry.text for document in material.fit for entry in document.utterances):
+        findings.note("recognition: left out: there are no other transcripts to train probes on")
         return
-    if task.left_out:
-        findings.note(f"speakers: {task.left_out} of them have too little speech and are left out")
-    advance = begin("log-mel of speakers", len(task.pieces))
-    findings.log_mel_speakers = task.of_log_mel(seed=seed, advance=advance)
-    advance = begin("speaker probes", len(findings.systems))
     for system in findings.systems:
-        rate = system.candidate.tokenizer.rate
-        system.speakers = task.of_units(system.heldout_units, rate, seed=seed)
-        advance()
+        candidate = system.candidate
+        fit_units = _tokenize(candidate, material.fit, begin)
+        rate = candidate.tokenizer.rate
+        advance = begin(f"recogniser of units: {candidate.name}", probe_steps)
+        try:
+            system.recognition = recognise_units(
+                _unit_utterances(material.fit, fit_units, rate),
+                _unit_utterances(material.heldout, system.heldout_units, rate),
+                candidate.tokenizer.vocab_size,
+                rate,
+                probe_steps=probe_steps,
+                seed=seed,
+                advance=advance,
+            )
+        except ConfigError as error:
+            findings.note(f"{candidate.name}: left out: {error}")
+        if candidate.text_model is not None:
+            spoken = [
+                AudioUtterance(document.utterance_audio(entry), entry.text, document.speaker)
+                for document in material.heldout
+                for entry in document.utterances
+                if entry.text and not has_figures(entry.text)
+            ]
+            advance = begin(f"recognition head: {candidate.name}", len(spoken))
+            try:
+                system.head = head_word_error(
+                    candidate.tokenizer.model, spoken, candidate.text_model, RATE, advance=advance
+                )
+            except ConfigError as error:
+                findings.note(f"{candidate.name}: left out: {error}")
+
+
+def _unit_utterances(
+    documents: Sequence[Document], units: Sequence[np.ndarray], rate: float
+) -> list[UnitUtterance]:
+    """Utterances whose transcript says what was spoken."""
+    return [
+        UnitUtterance(unit_T[entry.units(rate)], entry.text, document.speaker)
+        for document, unit_T in zip(documents, units, strict=True)
+        for entry in document.utterances
+        if entry.text and not has_figures(entry.text)
+    ]
 
 
 def _measure_anew(

@@ -1,16 +1,15 @@
 """What an evaluation of tokenizers writes: rows, one wide table, comparisons and plots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from speechssm.evaluation.results import write_results
 from speechssm.evaluation.statistics import Interval
+from speechssm.evaluation.tokenizer.findings import Findings, Measured
 from speechssm.evaluation.tokenizer.phones import pnmi_margin
 from speechssm.evaluation.tokenizer.robustness import UNRELATED
 from speechssm.evaluation.tokenizer.speakers import accuracy_margin
@@ -19,12 +18,11 @@ from speechssm.report.rows import Comparison, Row
 from speechssm.report.style import save_figure
 from speechssm.report.tables import Table
 
-if TYPE_CHECKING:
-    from speechssm.evaluation.tokenizer.evaluate import Findings, Measured
-
 LEAST_PERPLEXITY = 64.0
 LOG_MEL = "log-mel statistics"
 CHANCE = "chance"
+# By seconds of the pieces.
+SPEAKER_ROWS = {10.0: "speaker_accuracy", 3.0: "speaker_accuracy_3s"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ COLUMNS = (
     Column("unit_rate", "Hz", None, 1),
     Column("bitrate", "bit/s", None, 0),
     Column("unit_perplexity", "perplexity", None, 0),
-    Column("used_units", "used", True, 2),
+    Column("used_units", "used", None, 2),
     Column("phone_pnmi", "PNMI", True),
     Column("phone_pnmi_shuffled", "shuffled", None),
     Column("phone_pnmi_across_speakers", "PNMI, other speakers", True),
@@ -51,6 +49,9 @@ COLUMNS = (
     Column("text_pnmi", "text PNMI", True),
     Column("text_pnmi_shuffled", "text shuffled", None),
     Column("speaker_accuracy", "speaker", False),
+    Column("speaker_accuracy_3s", "speaker, 3 s", False),
+    Column("word_error", "WER of units", False),
+    Column("head_word_error", "WER of head", None),
     Column("unit_edit_distance", "edit distance", False),
     Column("window_agreement", "windows agree", True),
     Column("end_told_silence", "end told, silence", False),
@@ -89,10 +90,10 @@ def write(findings: Findings, out: Path) -> list[Row]:
     sheet = Sheet()
     for system in findings.systems:
         add_rows(sheet, system, findings)
-    if findings.log_mel_speakers is not None:
-        measure = findings.log_mel_speakers
-        sheet.add(LOG_MEL, "speaker_accuracy", "share", measure.accuracy)
-        sheet.add(CHANCE, "speaker_accuracy", "share", measure.chance, len(measure.speakers))
+    for seconds, measure in findings.log_mel_speakers.items():
+        name = SPEAKER_ROWS[seconds]
+        sheet.add(LOG_MEL, name, "share", measure.accuracy)
+        sheet.add(CHANCE, name, "share", measure.chance, len(measure.speakers))
     names = [system.candidate.name for system in findings.systems]
     table = wide_table(sheet, [*names, LOG_MEL, CHANCE])
     sections: dict[str, Any] = {"material": findings.material, "notes": findings.notes}
@@ -103,6 +104,18 @@ def write(findings: Findings, out: Path) -> list[Row]:
         system.candidate.name: system.units.counts.tolist()
         for system in findings.systems
         if system.units is not None
+    }
+    sections["recognition"] = {
+        system.candidate.name: {
+            "fit_hours": system.recognition.fit_hours,
+            "curve": system.recognition.curve,
+            "chosen_step": system.recognition.chosen_step,
+            "parameters": system.recognition.parameters,
+            "utterances": system.recognition.errors.utterances,
+            "words": system.recognition.errors.words,
+        }
+        for system in findings.systems
+        if system.recognition is not None
     }
     sections["window_agreement"] = agreement_curves(findings.systems)
     write_results(
@@ -151,8 +164,14 @@ def add_rows(sheet: Sheet, system: Measured, findings: Findings) -> None:
         add(f"{kind}_purity_shuffled", "share", found.shuffled_purity)
         add(f"{kind}_cluster_purity", "share", found.cluster_purity)
         add(f"{kind}_frames", "units", found.frames, found.pnmi.n)
-    if system.speakers is not None:
-        add("speaker_accuracy", "share", system.speakers.accuracy)
+    for seconds, measure in system.speakers.items():
+        add(SPEAKER_ROWS[seconds], "share", measure.accuracy)
+    if system.recognition is not None:
+        add("word_error", "share", system.recognition.errors.word_error)
+        add("character_error", "share", system.recognition.errors.character_error)
+    if system.head is not None:
+        add("head_word_error", "share", system.head.word_error)
+        add("head_character_error", "share", system.head.character_error)
     if system.robustness is not None:
         distances = system.robustness.distances
         changes = [name for name in distances if name != UNRELATED]
@@ -269,11 +288,11 @@ def comparisons(sheet: Sheet, findings: Findings) -> list[Comparison]:
         if system.candidate.masked_prediction is not None:
             loss, unigram = system.candidate.masked_prediction
             compare("masked_prediction", name, "unigram", loss, unigram, "nats/target", False)
-        if system.speakers is not None and findings.log_mel_speakers is not None:
-            other = findings.log_mel_speakers
+        if system.phones is not None:
+            found_phones = system.phones
             compare(
-                "speaker_accuracy", name, LOG_MEL, system.speakers.accuracy.value,
-                other.accuracy.value, "share", False, accuracy_margin(system.speakers, other),
+                f"{label_kind(findings)}_pnmi", name, "units shuffled",
+                found_phones.pnmi.value, found_phones.shuffled_pnmi.value, "share", True,
             )  # fmt: skip
         if baseline is None or system is baseline:
             continue
@@ -285,8 +304,9 @@ def comparisons(sheet: Sheet, findings: Findings) -> list[Comparison]:
             margin = None
             if column.row.endswith("_pnmi") and system.phones and baseline.phones:
                 margin = pnmi_margin(system.phones, baseline.phones)
-            elif column.row == "speaker_accuracy":
-                margin = accuracy_margin(system.speakers, baseline.speakers)
+            for seconds, row in SPEAKER_ROWS.items():
+                if column.row == row:
+                    margin = accuracy_margin(system.speakers[seconds], baseline.speakers[seconds])
             compare(
                 column.row, name, baseline.candidate.name, ours.value, theirs.value, ours.unit,
                 column.higher, margin,
@@ -327,7 +347,9 @@ def draw(findings: Findings, sheet: Sheet, out: Path) -> None:
         save_figure(drawing, out / "units.svg")
     dots = {
         f"{label_kind(findings)}_pnmi": "I(label; unit) / H(label), higher is better",
-        "speaker_accuracy": "share of pieces whose speaker is recognised, lower is better",
+        "speaker_accuracy": "speakers recognised in pieces of 10 s, lower is better",
+        "speaker_accuracy_3s": "speakers recognised in pieces of 3 s, lower is better",
+        "word_error": "word error of a recogniser trained on the units, lower is better",
         "unit_edit_distance": "edits per unit when the recording changes, lower is better",
     }
     for name, label in dots.items():

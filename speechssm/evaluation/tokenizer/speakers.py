@@ -1,11 +1,12 @@
 """How much of the voice is left in the units? Who speaks, told from which units occur how often.
 
-Held-out speakers are enrolled with some of their pieces of 10 s and recognised in others: of other
-chapters where a speaker has several, else of the other half of the recording. Both directions are
-measured. The probe is softmax regression on the square root of the piece's unit histogram (a
-difference of such vectors is Hellinger's distance); its penalty is chosen by cross-validation among
-the enrolled pieces. Lower is better: units should say what is said. Beside it stands the same probe
-on mean and deviation of the piece's log-mel energies, which know the voice and the microphone.
+Held-out speakers are enrolled with some of their pieces and recognised in others: of other chapters
+where a speaker has several, else of the other half of the recording. Both directions are measured,
+with pieces of 10 s and, since few speakers are soon told apart by those, of 3 s. The probe is
+softmax regression on the square root of the piece's unit histogram (a difference of such vectors is
+Hellinger's distance); its penalty is chosen by cross-validation among the enrolled pieces. Lower is
+better: units should say what is said. Beside it stands the same probe on mean and deviation of the
+piece's log-mel energies, which know the voice and the microphone.
 
 Shapes: N pieces, K speakers, D features, S samples, T units.
 """
@@ -23,8 +24,8 @@ from speechssm.evaluation.statistics import Interval, bootstrap_ratio
 from speechssm.evaluation.tokenizer.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer.probes import choose_l2, fit_softmax_regression
 
-PIECE_SECONDS = 10.0
-_MOST_PIECES = 30  # of a speaker on each side, so that none decides what the probe learns
+PIECE_SECONDS = (10.0, 3.0)
+_MOST_SECONDS = 300.0  # of a speaker on each side, so that none decides what the probe learns
 _LEAST_PIECES = 2
 _BLOCKS = 4
 # Histogram features have length 1, so that they need smaller penalties than standardised ones.
@@ -68,13 +69,16 @@ class _Piece:
 class SpeakerTask:
     """Which pieces of which speakers are enrolled and recognised; the same for all systems."""
 
-    def __init__(self, documents: Sequence[Document]) -> None:
+    def __init__(
+        self, documents: Sequence[Document], piece_seconds: float = PIECE_SECONDS[0]
+    ) -> None:
         """Speakers with fewer than two pieces on a side are left out (`left_out` of them)."""
+        most = round(_MOST_SECONDS / piece_seconds)
         spoken: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
         for number, document in enumerate(documents):
             chapters = spoken.setdefault(document.speaker, {})
             for chapter, group in groupby(document.utterances, key=lambda entry: entry.chapter):
-                chapters.setdefault(chapter, []).extend(_cut(number, list(group)))
+                chapters.setdefault(chapter, []).extend(_cut(number, list(group), piece_seconds))
         pieces: list[_Piece] = []
         speakers: list[str] = []
         for speaker, chapters in sorted(spoken.items()):
@@ -82,7 +86,7 @@ class SpeakerTask:
             if min(map(len, sides)) < _LEAST_PIECES:
                 continue
             for side, places in enumerate(sides):
-                chosen = np.linspace(0, len(places) - 1, min(len(places), _MOST_PIECES))
+                chosen = np.linspace(0, len(places) - 1, min(len(places), most))
                 for count, place in enumerate(chosen.round().astype(int)):
                     block = f"{speaker}-{count * _BLOCKS // len(chosen)}"
                     pieces.append(_Piece(*places[place], len(speakers), side, block))
@@ -180,9 +184,11 @@ def accuracy_margin(ours: SpeakerMeasure, other: SpeakerMeasure, *, seed: int = 
     return bootstrap_ratio(other.recall_K - ours.recall_K, np.ones(len(ours.speakers)), seed=seed)
 
 
-def _cut(document: int, utterances: Sequence[Utterance]) -> list[tuple[int, int, int]]:
-    """(document, start, stop) of pieces of 10 s of consecutive utterances; the rest is dropped."""
-    length = round(PIECE_SECONDS * RATE)
+def _cut(
+    document: int, utterances: Sequence[Utterance], seconds: float
+) -> list[tuple[int, int, int]]:
+    """(document, start, stop) of equal pieces of consecutive utterances; the rest is dropped."""
+    length = round(seconds * RATE)
     start, stop = utterances[0].start, utterances[-1].stop
     return [(document, at, at + length) for at in range(start, stop - length + 1, length)]
 
