@@ -54,7 +54,8 @@ main() {
 
     say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
     run speechssm evaluate tokenizer data="$FOLDER/audio" tokenizer="$FOLDER/tokenizer" \
-        out="$FOLDER/evaluation/tokenizer"
+        out="$FOLDER/evaluation/tokenizer" options.tokenizer.max_hours=0.5 \
+        options.tokenizer.measures=[units,phones,speakers]
     run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
         out="$FOLDER/evaluation/codec"
     run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$FOLDER/soundstorm" \
