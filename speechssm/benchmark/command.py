@@ -48,6 +48,18 @@ def bench_pipeline(config: Mapping[str, Any], options: dict[str, Any]) -> list[R
     return run_pipeline(config["out"], seed=details["seed"], details=details, **models, **options)
 
 
+def bench_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
+    from speechssm.benchmark.tokenizer import run_tokenizer
+    from speechssm.loading import load
+
+    path = named_model(config, "tokenizer")
+    tokenizer = load("tokenizer", path, device=device_of(config))
+    details = run_details("tokenizer", path) | {"seed": int(config.get("seed") or 0)}
+    return run_tokenizer(
+        config["out"], tokenizer=tokenizer, seed=details["seed"], details=details, **options
+    )
+
+
 def bench_scan(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
     from speechssm.benchmark.scan import run_scan
     from speechssm.runtime.memory import keep_freed_memory
@@ -110,4 +122,5 @@ SUBJECTS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], list[Row]]] = 
     "lm-train": bench_lm_train,
     "lm-decode": bench_lm_decode,
     "pipeline": bench_pipeline,
+    "tokenizer": bench_tokenizer,
 }
