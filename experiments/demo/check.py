@@ -34,9 +34,9 @@ def claims(results: dict) -> list[tuple[str, bool]]:
     perplexity = [row["value"] for row in results["rows"] if row["name"] == "unit_perplexity"]
     lines.append(
         (
-            f"tokenizer: unit perplexity {max(perplexity, default=0):.0f}, at least "
+            f"tokenizer: unit perplexity {min(perplexity, default=0):.0f}, at least "
             f"{SMALLEST_PERPLEXITY}",
-            max(perplexity, default=0) >= SMALLEST_PERPLEXITY,
+            min(perplexity, default=0) >= SMALLEST_PERPLEXITY,
         )
     )
     gains = [entry["margin"] for entry in comparisons if entry["stage"] == "lm"]

@@ -41,7 +41,7 @@ def evaluate_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> li
     paths = [path for path in paths if path] or [named_model(config, "tokenizer")]
     candidates = []
     for name, path in zip(short_names(paths), paths, strict=True):
-        tokenizer = load("tokenizer", path, device=device_of(config))
+        tokenizer = load("tokenizer", path, device=device_of(config), windows=config.get("windows"))
         run = run_of("tokenizer", path)
         candidates.append(
             Candidate(

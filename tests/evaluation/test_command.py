@@ -16,7 +16,7 @@ from speechssm.evaluation.acoustic import evaluate_acoustic
 from speechssm.evaluation.codec import evaluate_codec
 from speechssm.evaluation.likelihood import evaluate_likelihood
 from speechssm.evaluation.tokenizer.evaluate import evaluate_tokenizer
-from speechssm.report.rows import read_rows
+from speechssm.report.rows import read_results, read_rows
 from speechssm.tokenizer.adapters import LogMelFeatures
 from speechssm.tokenizer.kmeans import KMeansTokenizer
 from speechssm.tokenizer.windowed import WindowedTokenizer
@@ -45,7 +45,9 @@ def test_a_subject_runs_from_its_config(audio_shards, tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = KMeansTokenizer(LogMelFeatures(), 8)
     network.centroids_VD.normal_()
-    monkeypatch.setattr(command, "load", lambda stage, path, device: WindowedTokenizer(network))
+    monkeypatch.setattr(
+        command, "load", lambda stage, path, device, windows: WindowedTokenizer(network, **windows)
+    )
     monkeypatch.setattr(command, "run_of", lambda stage, path: None)
     words = [
         "subject=tokenizer",
@@ -54,10 +56,13 @@ def test_a_subject_runs_from_its_config(audio_shards, tmp_path, monkeypatch):
         "tokenizer=[some/a,some/b]",
         "options.tokenizer.synthetic=true",
         "options.tokenizer.measures=[units]",
+        "windows.drop_last_seconds=1",
     ]
     command.evaluate(OmegaConf.to_container(compose("evaluate", words), resolve=True))
     rows = read_rows(tmp_path / "out" / "metrics.json")
     assert {row.system for row in rows if row.name == "unit_perplexity"} == {"a", "b"}
+    counts = read_results(tmp_path / "out" / "metrics.json")["unit_counts"]["a"]
+    assert sum(counts) == 3 * 2 * 25  # three recordings of 3 s, less their last second
 
 
 def test_names_are_the_last_parts_that_tell_paths_apart():

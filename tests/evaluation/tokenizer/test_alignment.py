@@ -1,10 +1,13 @@
-"""Labels of units from alignments; the aligner itself on made-up input only (its voice is real)."""
+"""Labels of units from alignments; the aligner on speech of which it is known where words are."""
 
 import json
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from speechssm.audio.io import read_audio, to_pcm16
 from speechssm.evaluation.tokenizer.alignment import (
     NOT_COUNTED,
     align_phones,
@@ -146,6 +149,49 @@ def test_every_rough_phone_is_one_that_the_aligner_knows():
     for word in words:
         aligner._decoder.add_word(word, spelled_pronunciation(word), False)
         assert aligner._decoder.lookup_word(word) == spelled_pronunciation(word)
+
+
+def recording():
+    """A real document, of which three utterances follow each other: the first 7.245 s."""
+    path = Path(__file__).parents[3] / "data" / "sample" / "heldout" / "2078-142845.opus"
+    texts = ("KIRKLEATHAM YEAST", "SEVENTEEN SEVENTEEN", "TO MAKE GOOD HOME MADE BREAD")
+    edges = [0, 2.195, 4.33, 7.245]
+    pcm = to_pcm16(read_audio(path, RATE)[0][: round(edges[-1] * RATE)], "speech")
+    utterances = [
+        Utterance(round(start * RATE), round(stop * RATE), text, "c")
+        for text, (start, stop) in zip(texts, pairwise(edges), strict=True)
+    ]
+    return Document("d", "s", pcm, tuple(utterances))
+
+
+def test_words_are_found_where_they_were_said():
+    pytest.importorskip("pocketsphinx")
+    whole = recording()
+    text = " ".join(utterance.text for utterance in whole.utterances)
+    found = PocketSphinxAligner()(whole.pcm.tobytes(), text)
+    labels = [segment.label for segment in found]
+    # No dictionary has the place's name: one segment that is not trusted, before the rest.
+    assert labels[0] == ""
+    assert labels[1:5] == ["Y", "IY", "S", "T"]
+    assert labels.count("") == 1
+    starts = [labels.index("Y"), labels.index("S", 5), labels.index("M")]
+    for utterance, first in zip(whole.utterances, starts, strict=True):
+        # YEAST, SEVENTEEN and MAKE begin inside of their own utterance.
+        assert utterance.start <= found[first].start * RATE / 100 < utterance.stop
+    assert all(one.start + one.frames <= other.start for one, other in pairwise(found))
+
+
+def test_processes_find_what_one_finds_and_wrong_words_fail(tmp_path):
+    pytest.importorskip("pocketsphinx")
+    speech = recording()
+    documents = [speech] * 2
+    one = align_phones(documents, tmp_path / "one", workers=1)
+    two = align_phones(documents, tmp_path / "two", workers=2)
+    assert one.segments == two.segments
+    assert one.counts["aligned"] == 6
+    # Half a second has no room for so many words.
+    short = Document("d", "s", speech.pcm, (Utterance(0, RATE // 2, "seventeen " * 30, "c"),))
+    assert align_phones([short], tmp_path / "one").counts["failed"] == 1
 
 
 def test_without_the_package_the_message_names_it(monkeypatch, tmp_path):
