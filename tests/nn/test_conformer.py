@@ -145,3 +145,16 @@ def test_a_chunk_without_a_frame_is_refused():
         Conformer(1, width=16, num_heads=2, ffn_width=32, conv_kernel=3)(
             torch.randn(1, 4, 16), chunk=0
         )
+
+
+def test_a_bfloat16_stream_stays_bfloat16_under_autocast():
+    model = Conformer(2, width=16, num_heads=2, ffn_width=32, conv_kernel=3, rotary=True)
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    x, valid = torch.randn(2, 12, 16), torch.arange(12)[None] < torch.tensor([[12], [7]])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x.bfloat16(), valid, chunk=5)
+    assert len(seen) > 40
+    assert {tensor.dtype for pair in seen for tensor in pair} == {torch.bfloat16}
+    torch.testing.assert_close(output.float(), model(x, valid, chunk=5), atol=0.1, rtol=0.05)
