@@ -24,12 +24,8 @@ from speechssm.evaluation.tokenizer.corpus import RATE, Document, Material, choo
 from speechssm.evaluation.tokenizer.end_of_recording import end_of_recording
 from speechssm.evaluation.tokenizer.findings import Candidate, Findings, Measured
 from speechssm.evaluation.tokenizer.phones import measure_phones
-from speechssm.evaluation.tokenizer.recognition import (
-    AudioUtterance,
-    UnitUtterance,
-    head_word_error,
-    recognise_units,
-)
+from speechssm.evaluation.tokenizer.recognition import UnitUtterance, recognise_units
+from speechssm.evaluation.tokenizer.recognition_head import AudioUtterance, head_word_error
 from speechssm.evaluation.tokenizer.robustness import unit_robustness
 from speechssm.evaluation.tokenizer.speakers import PIECE_SECONDS, SpeakerTask
 from speechssm.evaluation.tokenizer.units import measure_units

@@ -10,8 +10,9 @@ import numpy as np
 
 from speechssm.evaluation.tokenizer.alignment import Alignments
 from speechssm.evaluation.tokenizer.end_of_recording import EndOfRecording
+from speechssm.evaluation.tokenizer.error_rates import ErrorRates
 from speechssm.evaluation.tokenizer.phones import PhoneMeasures
-from speechssm.evaluation.tokenizer.recognition import ErrorRates, Recognition
+from speechssm.evaluation.tokenizer.recognition import Recognition
 from speechssm.evaluation.tokenizer.robustness import Robustness
 from speechssm.evaluation.tokenizer.speakers import SpeakerMeasure
 from speechssm.evaluation.tokenizer.units import UnitMeasures

@@ -1,24 +1,18 @@
 """How much of the words is in the units? Greedy word errors of a small recogniser trained on them.
 
-The probe is the same for every tokenizer: embedding, five convolutions, letters by CTC
-(Graves et al. 2006); the seed, the number of steps and the amount of text
-are fixed. It is far from what the units would give a large recogniser; differences between
-tokenizers are what it is for. This is the measure of the discrete-unit recognition track of Chang
-et al. (2024, "The Interspeech 2024 Challenge on Speech Processing Using Discrete Units"), with a
-probe that trains in minutes on one core and no language model.
+The probe is the same for every tokenizer: embedding, five convolutions, letters by CTC (Graves et
+al. 2006); seed, number of steps and amount of text are fixed. It is far from what the units would
+give a large recogniser; differences between tokenizers are what it is for. This is the measure of
+the discrete-unit recognition track of Chang et al. (2024, "The Interspeech 2024 Challenge on Speech
+Processing Using Discrete Units"), with a probe that trains in minutes on one core and no language
+model.
 
-`head_word_error` measures a tokenizer's own recognition head instead.
-
-Errors are edits (insertions, deletions, substitutions) over the words or characters of normalised
-text (`data/text.py`), summed over all utterances; intervals are over speakers.
-
-Shapes: B batch, S samples, T units, D width, C characters with the blank, W text pieces.
+Shapes: B batch, T units, D width, C characters with the blank, L text length.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechssm.audio.resample import resample
 from speechssm.data.text import normalise_text
 from speechssm.errors import ConfigError
-from speechssm.evaluation.statistics import Interval, bootstrap_ratio
 from speechssm.evaluation.tokenizer.edit_distance import edit_distance
+from speechssm.evaluation.tokenizer.error_rates import ErrorRates, collapse, error_rates
 
 # Class 0 is CTC's blank.
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -46,24 +39,6 @@ class UnitUtterance(NamedTuple):
     units_T: np.ndarray
     text: str
     speaker: str
-
-
-class AudioUtterance(NamedTuple):
-    """Samples float32 [S] of an utterance, what is said in it, and by whom."""
-
-    audio_S: np.ndarray
-    text: str
-    speaker: str
-
-
-@dataclass(frozen=True)
-class ErrorRates:
-    """Word and character error rates (1 is 100%) with intervals over speakers."""
-
-    word_error: Interval
-    character_error: Interval
-    utterances: int
-    words: int
 
 
 @dataclass(frozen=True)
@@ -353,87 +328,3 @@ def _transcribe(
             classes = collapse(best_T[:length])
             texts[place] = " ".join("".join(CHARACTERS[c - 1] for c in classes).split())
     return texts
-
-
-def collapse(best_T: np.ndarray) -> list[int]:
-    """CTC's rule: repetitions become one, then blanks (class 0) fall away."""
-    best_T = np.asarray(best_T)
-    changes_T = np.concatenate([[True], best_T[1:] != best_T[:-1]])[: len(best_T)]
-    return best_T[changes_T & (best_T != 0)].tolist()
-
-
-def error_rates(
-    references: Sequence[str], hypotheses: Sequence[str], speakers: Sequence[str]
-) -> ErrorRates:
-    """Error rates of normalised texts: edits over reference length, both summed over utterances.
-
-    Raises:
-        ConfigError: the references hold no words.
-    """
-    names, speaker_N = np.unique(np.asarray(speakers), return_inverse=True)
-    pairs = list(zip(references, hypotheses, strict=True))
-
-    def rate(split: Callable[[str], Sequence[str]]) -> tuple[Interval, int]:
-        edits = [edit_distance(split(reference), split(found)) for reference, found in pairs]
-        lengths = [len(split(reference)) for reference in references]
-        if not sum(lengths):
-            raise ConfigError("recognition: the transcripts hold no words")
-        sums = np.bincount(speaker_N, weights=edits, minlength=len(names))
-        counts = np.bincount(speaker_N, weights=lengths, minlength=len(names))
-        return bootstrap_ratio(sums, counts), sum(lengths)
-
-    word_error, words = rate(str.split)
-    return ErrorRates(word_error, rate(list)[0], len(pairs), words)
-
-
-@torch.no_grad()
-def head_word_error(
-    model: nn.Module,
-    utterances: Sequence[AudioUtterance],
-    text_model: str | Path,
-    rate: int = 16_000,
-    *,
-    advance: Callable[[], None] | None = None,
-) -> ErrorRates:
-    """Greedy error rates of a tokenizer's own CTC head, each utterance by itself.
-
-    Args:
-        model: has `sample_rate` and `text_log_probabilities(audio_BS)`, float32 [B, T, W + 1]:
-            class 0 is the blank, class i + 1 is id i of `text_model`.
-        utterances: audio at `rate` Hz; those without words in their text are left out.
-        text_model: the sentencepiece model that the head was trained with.
-        advance: called for each utterance.
-
-    Raises:
-        ConfigError: the sentencepiece model is missing or of another size, the model has no head,
-            or there are no transcripts.
-    """
-    import sentencepiece
-
-    if not hasattr(model, "text_log_probabilities"):
-        raise ConfigError(f"{type(model).__name__} has no recognition head")
-    if not Path(text_model).is_file():
-        raise ConfigError(f"text_model={text_model} does not exist: give the sentencepiece model")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(text_model))
-    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
-    references, hypotheses, speakers = [], [], []
-    for utterance in utterances:
-        reference = normalise_text(utterance.text or "")
-        if reference:
-            audio_S = np.ascontiguousarray(utterance.audio_S, dtype=np.float32)
-            audio_BS = torch.from_numpy(resample(audio_S, rate, model.sample_rate))[None]
-            scores_TW = model.text_log_probabilities(audio_BS.to(device))[0].float().cpu()
-            if scores_TW.shape[-1] != pieces.vocab_size() + 1:
-                raise ConfigError(
-                    f"text_model={text_model} has {pieces.vocab_size()} pieces, but the head was "
-                    f"trained on {scores_TW.shape[-1] - 1}: give the model of that training"
-                )
-            ids = [entry - 1 for entry in collapse(scores_TW.argmax(dim=-1).numpy())]
-            references.append(reference)
-            hypotheses.append(normalise_text(pieces.decode(ids)))
-            speakers.append(utterance.speaker)
-        if advance:
-            advance()
-    if not references:
-        raise ConfigError("recognition: there are no transcripts to measure against")
-    return error_rates(references, hypotheses, speakers)

@@ -1,20 +1,15 @@
-"""Recognition probes learn what is in the units, and error rates are those of the definition."""
+"""Recognition probes learn what is in the units, and nothing where nothing is."""
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from torch import nn
 
 from speechssm.errors import ConfigError
 from speechssm.evaluation.tokenizer.recognition import (
     CHARACTERS,
-    AudioUtterance,
     UnitRecognizer,
     UnitUtterance,
-    collapse,
-    error_rates,
-    head_word_error,
     recognise_units,
 )
 
@@ -35,17 +30,15 @@ def corpus(seed: int, count: int, informative: bool = True) -> list[UnitUtteranc
 
 
 def test_units_that_spell_the_text_are_read_and_constant_ones_are_not():
-    learnt = recognise_units(
-        corpus(0, 120), corpus(1, 24), 28, 25.0, probe_steps=64, learning_rate=1e-2
-    )
+    quick = {"batch_seconds": 16.0, "learning_rate": 1e-2, "width": 48}
+    learnt = recognise_units(corpus(0, 120), corpus(1, 24), 28, 25.0, probe_steps=64, **quick)
     assert learnt.errors.word_error.value < 0.1
     assert learnt.errors.utterances == 24 and learnt.errors.words == 72
     assert learnt.errors.word_error.n == 4
     assert [step for step, _ in learnt.curve] == [8, 16, 24, 32, 40, 48, 56, 64]
     assert dict(learnt.curve)[learnt.chosen_step] == min(error for _, error in learnt.curve)
-    deaf = recognise_units(
-        corpus(0, 120, False), corpus(1, 24, False), 28, 25.0, probe_steps=16, learning_rate=1e-2
-    )
+    silent = corpus(0, 120, False), corpus(1, 24, False)
+    deaf = recognise_units(*silent, 28, 25.0, probe_steps=32, **quick)
     assert deaf.errors.word_error.value > 0.8
 
 
@@ -106,72 +99,3 @@ def test_test_utterances_without_a_unit_count_as_errors():
     empty = UnitUtterance(np.zeros(0, dtype=np.int64), "ACE", "s0")
     result = recognise_units(corpus(0, 6), [empty], 28, 25.0, probe_steps=1)
     assert result.errors.word_error.value == 1
-
-
-def test_collapse_follows_the_rule_of_ctc():
-    assert collapse(np.array([0, 3, 3, 0, 3, 5, 5, 0, 0, 5, 1])) == [3, 3, 5, 5, 1]
-    assert collapse(np.array([0, 0])) == [] and collapse(np.zeros(0, dtype=np.int64)) == []
-
-
-def test_error_rates_are_edits_over_words_and_characters_of_everything():
-    rates = error_rates(["THE CAT SAT", "NO"], ["THE CAT", "NO MORE CATS"], ["a", "b"])
-    assert rates.word_error.value == 3 / 4 and rates.word_error.n == 2
-    assert rates.character_error.value == pytest.approx((4 + 10) / 13)
-    assert (rates.utterances, rates.words) == (2, 4)
-    with pytest.raises(ConfigError, match="no words"):
-        error_rates([""], ["A"], ["a"])
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["THE CAT SAT ON A MAT"] * 20),
-        model_prefix=str(folder / "text"), vocab_size=20, model_type="bpe",
-        bos_id=-1, eos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    return folder / "text.model"
-
-
-class Head(nn.Module):
-    """Writes the pieces that the samples' values name, each with a repetition and a blank after."""
-
-    sample_rate = 16_000
-
-    def __init__(self, classes: int):
-        super().__init__()
-        self.classes = classes
-
-    def text_log_probabilities(self, audio_BS):
-        ids_BT = audio_BS[:, ::640].round().long()
-        classes_BT = torch.stack([ids_BT + 1, ids_BT + 1, torch.zeros_like(ids_BT)], 2).flatten(1)
-        return nn.functional.one_hot(classes_BT, self.classes).float().log()
-
-
-def test_the_head_is_read_with_the_sentencepiece_model(text_model):
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(text_model))
-    spoken = ["THE CAT SAT", "A MAT", "THE MAT"]
-
-    def utterance(said: str, text: str, speaker: str) -> AudioUtterance:
-        audio = np.repeat(np.array(pieces.encode(said), dtype=np.float32), 640)
-        return AudioUtterance(audio, text, speaker)
-
-    utterances = [utterance(text, text, str(i)) for i, text in enumerate(spoken)]
-    model = Head(pieces.vocab_size() + 1)
-    assert head_word_error(model, utterances, text_model).word_error.value == 0
-    utterances[1] = utterance("A MAT", "The cat.", "1")
-    utterances.append(utterance("A", "...", "3"))
-    rates = head_word_error(model, utterances, text_model)
-    assert rates.word_error.value == 2 / 7 and rates.utterances == 3
-
-
-def test_wrong_text_models_and_absent_heads_are_named(text_model, tmp_path):
-    utterances = [AudioUtterance(np.zeros(640, dtype=np.float32), "A", "s")]
-    with pytest.raises(ConfigError, match="does not exist"):
-        head_word_error(Head(21), utterances, tmp_path / "none.model")
-    with pytest.raises(ConfigError, match="20 pieces"):
-        head_word_error(Head(7), utterances, text_model)
-    with pytest.raises(ConfigError, match="no recognition head"):
-        head_word_error(nn.Linear(1, 1), utterances, text_model)
-    with pytest.raises(ConfigError, match="no transcripts"):
-        head_word_error(Head(21), [], text_model)
