@@ -6,6 +6,7 @@ same after a resume and for any number of workers.
 
 import io
 import math
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -14,6 +15,17 @@ import torch
 from speechssm.data.shards import ShardIndex
 from speechssm.data.stream import Batch, SampleOrder, ShardReaders
 from speechssm.data.text import TextEncoder
+from speechssm.data.transcripts import (
+    CUT,
+    FRAMES_PER_SECOND,
+    NO_ROOM,
+    NONE,
+    OUTSIDE,
+    TOO_LONG,
+    WORDLESS,
+    TranscriptCensus,
+    frames_needed,
+)
 from speechssm.errors import ConfigError, ShardError
 
 
@@ -33,6 +45,15 @@ class _Crops:
         """Where the crop of example `number` begins in a sample of `length`."""
         generator = np.random.default_rng([self.seed, number, 2])
         return int(generator.integers(0, max(length - crop, 0), endpoint=True))
+
+
+class _Row(NamedTuple):
+    """`key` of the first sample; `text` of all ("": none); `whole`: nothing is cut off."""
+
+    key: str
+    num_samples: int
+    text: str
+    whole: bool
 
 
 class AudioCrops(_Crops):
@@ -75,16 +96,15 @@ class AudioCrops(_Crops):
         audio_length = np.zeros(len(numbers), dtype=np.int64)
         text = np.zeros((len(numbers), self.max_text_length), dtype=np.int64)
         text_length = np.zeros(len(numbers), dtype=np.int64)
-        for row, number in enumerate(numbers):
-            pieces, transcript = self._row(number)
-            crop = np.concatenate(pieces)
-            audio[row, : len(crop)] = crop
-            audio_length[row] = len(crop)
-            if self.text is not None and transcript:
-                ids = self.text.encode(transcript)
-                if len(ids) <= self.max_text_length:
-                    text[row, : len(ids)] = ids
-                    text_length[row] = len(ids)
+        for place, number in enumerate(numbers):
+            pieces: list[np.ndarray] = []
+            row = self._row(number, pieces)
+            audio[place, : row.num_samples] = np.concatenate(pieces)
+            audio_length[place] = row.num_samples
+            if self.text is not None:
+                ids, _ = self._transcript(row)
+                text[place, : len(ids)] = ids
+                text_length[place] = len(ids)
         return {
             "audio": torch.from_numpy(audio),
             "audio_length": torch.from_numpy(audio_length),
@@ -92,34 +112,75 @@ class AudioCrops(_Crops):
             "text_length": torch.from_numpy(text_length),
         }
 
-    def _row(self, number: int) -> tuple[list[np.ndarray], str]:
-        """The audio of example `number` in pieces, and what is said in all of it ("": unknown)."""
+    def census(self, most: int) -> TranscriptCensus:
+        """What becomes of the transcripts of a pass, or of its first rows; no audio is decoded.
+
+        Args:
+            most: rows that are looked at. Many more say nothing new, and reading them takes time.
+        """
+        census = TranscriptCensus()
+        for number in range(min(self.order.total, most)):
+            row = self._row(number, None)
+            ids, found = self._transcript(row)
+            census.add(row.key, bool(ids), found)
+        return census
+
+    def _row(self, number: int, pieces: list[np.ndarray] | None) -> _Row:
+        """What is in the row of example `number`; its audio is appended to `pieces`.
+
+        Without `pieces` no audio is read, and lengths are those that the samples' json has.
+        """
         shard, first = self.order.locate(number)
         reader = self.readers[shard]
-        pieces: list[np.ndarray] = []
+        key = reader.keys[first]
         texts: list[str] = []
         document, room = None, self.num_samples
         for sample_number in range(first, len(reader.keys)):
-            sample = reader.sample(sample_number)
-            entry = sample["json"]
+            entry = reader.member(sample_number, "json")
             transcript = entry.get("text") or ""
-            if pieces and (entry["document"] != document or bool(transcript) != bool(texts[-1])):
+            if texts and (entry["document"] != document or bool(transcript) != bool(texts[-1])):
                 break
-            name = f"{reader.path}: {sample['__key__']}.flac"
-            crop, whole = self._decode(sample["flac"], number, name, room)
-            if not pieces and not whole:
-                return [crop], ""
-            if not whole:
-                break
-            pieces.append(crop)
+            if pieces is None:
+                crop = None
+                length = round(entry["seconds"] * self.sample_rate)
+            else:
+                name = f"{reader.path}: {reader.keys[sample_number]}.flac"
+                crop, length = self._decode(
+                    reader.member(sample_number, "flac"), number, name, room
+                )
+            if length > room:
+                if texts:
+                    break
+                if pieces is not None:
+                    pieces.append(crop)
+                return _Row(key, room, transcript, whole=False)
+            if pieces is not None:
+                pieces.append(crop)
             texts.append(transcript)
-            document, room = entry["document"], room - len(crop)
+            document, room = entry["document"], room - length
             if not self.join:
                 break
-        return pieces, " ".join(texts).strip()
+        return _Row(key, self.num_samples - room, " ".join(texts).strip(), whole=True)
 
-    def _decode(self, flac: bytes, number: int, name: str, room: int) -> tuple[np.ndarray, bool]:
-        """The crop, float32 of at most `room` samples, and whether it is the whole sample."""
+    def _transcript(self, row: _Row) -> tuple[list[int], list[str]]:
+        """Ids of the transcript that a row is trained with ([]: none), and what was found of it."""
+        assert self.text is not None
+        if not row.text:
+            return [], [NONE]
+        if not row.whole:
+            return [], [CUT]
+        ids = self.text.encode(row.text)
+        found = [OUTSIDE] if self.text.misses(row.text, ids) else []
+        if not ids:
+            return [], [*found, WORDLESS]
+        if len(ids) > self.max_text_length:
+            return [], [*found, TOO_LONG]
+        if frames_needed(ids) > row.num_samples * FRAMES_PER_SECOND // self.sample_rate:
+            found.append(NO_ROOM)
+        return ids, found
+
+    def _decode(self, flac: bytes, number: int, name: str, room: int) -> tuple[np.ndarray, int]:
+        """The crop, float32 of at most `room` samples, and the length of the whole sample."""
         try:
             with soundfile.SoundFile(io.BytesIO(flac)) as file:
                 rate, length = file.samplerate, file.frames
@@ -134,7 +195,7 @@ class AudioCrops(_Crops):
                 f"{name} is not mono at {self.sample_rate} Hz (but {rate} Hz); prepare the corpus "
                 "again, or set data.sample_rate"
             )
-        return crop, length <= room
+        return crop, length
 
 
 class CodeCrops(_Crops):

@@ -17,6 +17,7 @@ from speechssm.data.packing import PackedUnits
 from speechssm.data.shards import Kind, ShardIndex, read_index
 from speechssm.data.stream import BatchLoader, BatchStream, Examples, Position
 from speechssm.data.text import TextEncoder
+from speechssm.data.transcripts import TranscriptCensus
 from speechssm.errors import ConfigError, FingerprintError
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ class AudioDataModule(_ShardDataModule):
 
     Batch: `audio` float32 [B, S], `audio_length` int64 [B], `text` int64 [B, L],
     `text_length` int64 [B]. An utterance that fits is padded and carries its text; a longer sample
-    is cropped at random and has text_length 0.
+    is cropped at random and has text_length 0. What becomes of the transcripts is logged when
+    training begins, with numbers and an example (`transcripts`).
     """
 
     kind = "audio"
@@ -190,6 +192,24 @@ class AudioDataModule(_ShardDataModule):
 
     def fixed_by_data(self) -> dict[str, int]:
         return {"text_vocab_size": self.text.vocab_size} if self.text else {}
+
+    def train_dataloader(self) -> BatchLoader:
+        self._report_transcripts("train")
+        return super().train_dataloader()
+
+    def val_dataloader(self) -> BatchLoader:
+        self._report_transcripts("heldout")
+        return super().val_dataloader()
+
+    def _report_transcripts(self, split: str) -> None:
+        if self.text is not None and self._ranks()[0] == 0:
+            census = self.transcripts(split)
+            level = logging.WARNING if census.faulty else logging.INFO
+            logger.log(level, "%s: %s", self.folder / split, census.describe())
+
+    def transcripts(self, split: str, most: int = 20_000) -> TranscriptCensus:
+        """What becomes of the transcripts of a split's rows, or of the first `most` of a pass."""
+        return self._source(split, self.seed, endless=False).census(most)
 
     def _source(self, split: str, seed: int, endless: bool) -> AudioCrops:
         return AudioCrops(

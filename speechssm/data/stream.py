@@ -82,12 +82,15 @@ class ShardReader:
 
     def sample(self, number: int) -> Sample:
         """All members of a sample, decoded as `iterate_shard` does."""
-        sample: Sample = {"__key__": self.keys[number]}
+        members = {suffix: self.member(number, suffix) for suffix in self._members[number]}
+        return {"__key__": self.keys[number], **members}
+
+    def member(self, number: int, suffix: str) -> Any:
+        """One member of a sample, decoded; reads nothing else."""
+        offset, size = self._members[number][suffix]
         with open(self.path, "rb") as file:
-            for suffix, (offset, size) in self._members[number].items():
-                file.seek(offset)
-                sample[suffix] = decode_member(suffix, file.read(size))
-        return sample
+            file.seek(offset)
+            return decode_member(suffix, file.read(size))
 
     def array_slice(self, number: int, suffix: str, start: int, stop: int) -> np.ndarray:
         """Entries [start, stop) of a one-dimensional `.npy` member; reads no more than these."""

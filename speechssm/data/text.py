@@ -91,6 +91,10 @@ class TextEncoder:
         """Number of pieces; ids are 0 ... vocab_size - 1."""
         return self._processor.vocab_size()
 
+    def misses(self, text: str, ids: list[int]) -> bool:
+        """Whether a text has spoken characters that its ids leave out or call unknown."""
+        return self._processor.unk_id() in ids or bool(characters_left_out(text))
+
     def encode(self, text: str) -> list[int]:
         """Ids of the normalised text."""
         return self._processor.encode(normalise_text(text))
@@ -130,17 +134,22 @@ def prepare_sentencepiece(
     index = read_index(folder, "audio")
     texts = []
     left_out: Counter[str] = Counter()
+    first_key = ""
     for path in index.paths:
         for sample in iterate_shard(path):
             raw = sample["json"].get("text", "")
-            left_out += characters_left_out(raw)
+            missing = characters_left_out(raw)
+            if missing and not left_out:
+                first_key = sample["__key__"]
+            left_out += missing
             if text := normalise_text(raw):
                 texts.append(text)
     if left_out:
         logger.warning(
             "%s: characters that are spoken, but outside the alphabet (A to Z and '), are left out "
-            "of the transcripts: %s",
+            "of the transcripts, first in %s: %s",
             folder,
+            first_key,
             ", ".join(
                 f"{character} {count} times" for character, count in left_out.most_common(20)
             ),

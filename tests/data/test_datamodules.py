@@ -16,6 +16,15 @@ from speechssm.data.datamodules import AudioDataModule, CodeDataModule, UnitData
 from speechssm.data.packing import IGNORED
 from speechssm.data.resume import CountConsumedBatches
 from speechssm.data.shards import ShardWriter
+from speechssm.data.transcripts import (
+    CUT,
+    NO_ROOM,
+    NONE,
+    OUTSIDE,
+    TOO_LONG,
+    WORDLESS,
+    frames_needed,
+)
 from speechssm.errors import ConfigError, FingerprintError, ShardError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -347,3 +356,91 @@ def test_an_error_swallowed_by_a_loader_thread_ends_the_run(folders, tmp_path):
     trainer.datamodule = data
     with pytest.raises(ShardError, match=r"shard-000001\.tar is named in"):
         CountConsumedBatches().on_train_epoch_end(trainer, Recorder())
+
+
+# --- transcripts that cannot be used --------------------------------------------------------------
+
+# (document, seconds, transcript): 0.2 s are 5 frames, 1 s are 25.
+UTTERANCES = [
+    ("good", 0.6, "THE CAT"),
+    ("no-text", 0.5, None),
+    ("empty", 0.5, ""),
+    ("long-audio", 1.5, "THE CAT"),
+    ("no-letter", 0.5, "\u2014 ..."),
+    ("strange", 0.6, "THE \u0416 CAT"),
+    ("long-text", 1.0, "THE CAT SAT ON THE MAT " * 4),
+    ("too-fast", 0.08, "THE CAT SAT"),
+]
+
+
+@pytest.fixture(scope="module")
+def utterances(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("utterances")
+    for split in ("train", "heldout"):
+        with ShardWriter(folder / split, "audio", max_samples=3) as writer:
+            for document, seconds, text in UTTERANCES:
+                meta = {"document": document, "seconds": seconds, "sample_rate": 16000}
+                if text is not None:
+                    meta["text"] = text
+                writer.write(document, {"flac": flac(tone(seconds)), "json": meta}, seconds=seconds)
+    return folder
+
+
+def of_utterances(folder, folders, **options):
+    options = {"text_model": folders / "text.model", "max_text_length": 20, **options}
+    return AudioDataModule(folder, 1.0, len(UTTERANCES), num_workers=0, **options)
+
+
+def test_transcripts_that_are_not_used_are_counted_with_an_example(utterances, folders, caplog):
+    module = of_utterances(utterances, folders)
+    with caplog.at_level(logging.INFO, logger="speechssm.data.datamodules"):
+        batch = next(iter(module.train_dataloader()))
+    assert int((batch["text_length"] > 0).sum()) == 3  # good, strange and too-fast
+    census = module.transcripts("train")
+    assert (census.rows, census.used) == (8, 3) and census.faulty
+    first = {finding: key for finding, (_, key) in census.found.items()}
+    assert {finding: count for finding, (count, _) in census.found.items()} == {
+        NONE: 2, CUT: 1, WORDLESS: 1, OUTSIDE: 1, TOO_LONG: 1, NO_ROOM: 1,
+    }  # fmt: skip
+    assert first[NONE] in ("no-text", "empty")
+    assert first[CUT] == "long-audio" and first[WORDLESS] == "no-letter"
+    assert first[OUTSIDE] == "strange" and first[TOO_LONG] == "long-text"
+    assert first[NO_ROOM] == "too-fast"
+    lines = [record for record in caplog.records if "rows have a transcript" in record.message]
+    assert len(lines) == 1 and lines[0].levelno == logging.WARNING
+    assert "3 of 8 rows" in lines[0].message and "(the first: too-fast)" in lines[0].message
+
+
+def test_every_rank_but_the_first_and_trainings_without_text_say_nothing(
+    utterances, folders, caplog, monkeypatch
+):
+    with caplog.at_level(logging.INFO, logger="speechssm.data.datamodules"):
+        of_utterances(utterances, folders, text_model=None).train_dataloader()
+        monkeypatch.setattr(AudioDataModule, "_ranks", lambda self: (1, 2))
+        of_utterances(utterances, folders).train_dataloader()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_the_census_says_what_the_batches_then_hold(folders, tmp_path, join):
+    write_audio_shards(tmp_path, [[0.3, 0.25, 0.2, 0.9], [0.4], [1.2, 0.3]])
+    module = AudioDataModule(
+        tmp_path, 1.0, 7, num_workers=0, text_model=folders / "text.model", join=join
+    )
+    batch = next(iter(module.train_dataloader()))
+    census = module.transcripts("train")
+    assert census.rows == 7
+    assert census.used == int((batch["text_length"] > 0).sum()) == 2
+    assert census.found[CUT] == (1, "train2-0000") and not census.faulty
+    assert module.transcripts("train", most=2).rows == 2
+
+
+def test_a_corpus_of_which_no_transcript_is_used_is_a_warning(folders, tmp_path):
+    write_audio_shards(tmp_path, [[1.5]])
+    module = AudioDataModule(tmp_path, 1.0, 1, text_model=folders / "text.model")
+    assert module.transcripts("train").faulty
+
+
+def test_frames_that_ctc_needs():
+    assert frames_needed([]) == 0 and frames_needed([3]) == 1
+    assert frames_needed([3, 4, 3]) == 3 and frames_needed([3, 3, 4, 4, 4]) == 8
