@@ -15,8 +15,7 @@ from speechssm.cli import main, verb_config
 from speechssm.errors import ConfigError
 
 FUNCTIONS = {"scan": run_scan, "lm-train": run_lm_train, "lm-decode": run_lm_decode,
-             "pipeline": run_pipeline    "tokenizer": run_tokenizer,
-}  # fmt: skip
+             "pipeline": run_pipeline, "tokenizer": run_tokenizer}  # fmt: skip
 
 
 @pytest.mark.parametrize(
