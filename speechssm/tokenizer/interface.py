@@ -6,6 +6,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from speechssm.errors import AudioError
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -39,8 +41,11 @@ class Tokenizer(Protocol):
 
     def encode_many(
         self, recordings: Iterable[tuple[Key, Iterable[np.ndarray], int]]
-    ) -> Iterator[tuple[Key, np.ndarray]]:
-        """(key, units int64 [T]) of each (key, blocks, rate), in order; computed together."""
+    ) -> Iterator[tuple[Key, np.ndarray | AudioError]]:
+        """(key, units int64 [T]) of each (key, blocks, rate), in order; computed together.
+
+        An AudioError stands in the place of the units of a recording that has a fault.
+        """
         ...
 
     def num_units(self, num_samples: int, rate: int) -> int:

@@ -53,12 +53,23 @@ class _Recording(Generic[Key]):
     pieces: list[np.ndarray] = field(default_factory=list)
     waiting: int = 0
     read: bool = False
+    fault: AudioError | None = None
 
     @property
     def finished(self) -> bool:
         return self.read and not self.waiting
 
-    def units(self) -> np.ndarray:
+    def next_window(self, windows: Iterator[Window]) -> Window | None:
+        """None at the end, or where a fault ends the recording."""
+        try:
+            return next(windows, None)
+        except AudioError as error:
+            self.fault = error
+            return None
+
+    def outcome(self) -> np.ndarray | AudioError:
+        if self.fault is not None:
+            return self.fault
         return np.concatenate([np.zeros(0, dtype=np.int64), *self.pieces])
 
 
@@ -172,7 +183,7 @@ class WindowedTokenizer:
 
     def encode_many(
         self, recordings: Iterable[tuple[Key, Iterable[np.ndarray], int]]
-    ) -> Iterator[tuple[Key, np.ndarray]]:
+    ) -> Iterator[tuple[Key, np.ndarray | AudioError]]:
         """Units of many recordings, in batches that are filled across recordings.
 
         Short recordings cost a window each, so one at a time leaves most of a batch empty. Units
@@ -186,7 +197,9 @@ class WindowedTokenizer:
 
         Yields:
             (key, units int64 [T]) in the order of the recordings, each as soon as it is complete.
-            Beside the units of unfinished recordings, memory holds one batch.
+            Beside the units of unfinished recordings, memory holds one batch. An AudioError, of
+            the blocks or about them, stands in the place of that recording's units: the others in
+            its batch are as good as before.
         """
         open_recordings: deque[_Recording[Key]] = deque()
         batch: list[tuple[_Recording[Key], Window]] = []
@@ -198,15 +211,16 @@ class WindowedTokenizer:
                 recording.waiting -= 1
             batch.clear()
 
-        def finished() -> Iterator[tuple[Key, np.ndarray]]:
+        def finished() -> Iterator[tuple[Key, np.ndarray | AudioError]]:
             while open_recordings and open_recordings[0].finished:
                 recording = open_recordings.popleft()
-                yield recording.key, recording.units()
+                yield recording.key, recording.outcome()
 
         for key, blocks, rate in recordings:
             recording = _Recording(key)
             open_recordings.append(recording)
-            for window in self._windows(blocks, rate):
+            windows = self._windows(blocks, rate)
+            while (window := recording.next_window(windows)) is not None:
                 batch.append((recording, window))
                 recording.waiting += 1
                 if len(batch) == self.batch_windows:

@@ -368,6 +368,28 @@ def test_recordings_leave_as_soon_as_they_are_complete(speech):
     assert [key for key, _ in results] == [f"r{n}" for n in range(1, len(LENGTHS))]
 
 
+def test_a_fault_costs_its_own_recording_only(model, speech):
+    tokenizer = windowed(model, batch_windows=3)
+
+    def breaks_off():
+        yield speech[:90_000]
+        raise AudioError("the file ends here")
+
+    pieces = [
+        ("good", [speech[:50_000]], 16_000),
+        ("broken", breaks_off(), 16_000),
+        ("nan", [np.full(40_000, np.nan, np.float32)], 16_000),
+        ("no rate", [speech[:50_000]], 0),
+        ("good too", [speech[9_000:80_000]], 16_000),
+    ]
+    found = dict(tokenizer.encode_many(pieces))
+    assert list(found) == [key for key, _, _ in pieces]
+    for key, message in {"broken": "ends here", "nan": "NaN", "no rate": "0 Hz"}.items():
+        assert isinstance(found[key], AudioError) and message in str(found[key])
+    for key, blocks, rate in (pieces[0], pieces[-1]):
+        np.testing.assert_array_equal(found[key], tokenizer.encode(blocks[0], rate))
+
+
 # --- memory, and what is refused -----------------------------------------------------------------
 
 
