@@ -233,13 +233,18 @@ PREPARATIONS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 def tokenize(config: dict[str, Any]) -> None:
+    from functools import partial
+
     from speechssm.data.tokenize import tokenize_shards
+    from speechssm.data.workers import plan_processes
     from speechssm.loading import load
 
-    tokenizer = load(
-        "tokenizer", config["tokenizer"], device=config["device"], windows=config["windows"]
-    )
+    devices, threads = plan_processes(config["device"], config["workers"])
+    load_tokenizer = partial(load, "tokenizer", config["tokenizer"], windows=config["windows"])
+    # With workers, which load their own, this one only says whose units they are.
+    tokenizer = load_tokenizer(device=devices[0] if len(devices) == 1 else "cpu")
     options = {key: config[key] for key in ("index", "count", "progress")}
+    options |= {"threads": threads, "devices": devices, "load": load_tokenizer}
     tokenize_shards(config["data"], config["out"], tokenizer, **options)
 
 

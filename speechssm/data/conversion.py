@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -34,6 +34,9 @@ from speechssm.data.shards import (
     write_index,
 )
 from speechssm.errors import AudioError, ConfigError, FingerprintError, ShardError
+
+if TYPE_CHECKING:
+    from speechssm.data.workers import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +99,21 @@ class Task:
         return self.target.with_suffix(".json")
 
 
+# Called with the seconds of audio that have been dealt with.
+Advance = Callable[[float], None]
+# Writes the samples of a task into a shard.
+Convert = Callable[[Task, Shard, Advance], None]
+
+
 def convert_shards(
     source: Path,
     out: Path,
     kind: Kind,
     metadata: Mapping[str, Any],
-    convert: Callable[[Task, Shard, Callable[[float], None]], None],
+    convert: Convert,
     *,
     title: str,
+    processes: "Processes | None" = None,
     index: int = 0,
     count: int = 1,
     max_shards: int | None = None,
@@ -115,8 +125,9 @@ def convert_shards(
         source: audio shards with `train` and `heldout`.
         out: where the token shards go.
         kind, metadata: of the output's index.
-        convert: writes the samples of a task into a shard; calls its last argument with the
-            seconds of audio that it has dealt with.
+        convert: works on one task after the other in this process; see `Convert`.
+        processes: what converts in other processes, see `speechssm.data.workers`; None: `convert`
+            does it in this one.
         title: of the progress bar.
         index, count: this is share `index` of `count`.
         max_shards: only the first so many shards of each split.
@@ -127,6 +138,7 @@ def convert_shards(
         ShardError: the source is damaged, the output was made from something else, or the disk
             is full.
         FingerprintError: `out` holds tokens of another model.
+        SpeechSSMError: of another process, see `convert_in_processes`.
     """
     source, out = Path(source), Path(out)
     if not 0 <= index < count:
@@ -152,8 +164,19 @@ def convert_shards(
         else:
             summary.add(record, found=True)
     with HoursProgress(title, sum(t.source.seconds for t in unfinished), progress) as advance:
-        for task in unfinished:
-            summary.add(_convert_one(task, metadata, convert, advance), found=False)
+        if processes is None:
+            for task in unfinished:
+                summary.add(convert_one(task, metadata, convert, advance), found=False)
+        else:
+            from speechssm.data.workers import convert_in_processes
+
+            # They come in any order; the summary is to be the same whoever did the work.
+            for _ in convert_in_processes(processes, unfinished, metadata, advance):
+                pass
+            for task in unfinished:
+                record = finished(task, metadata)
+                assert record is not None
+                summary.add(record, found=False)
     summary.complete = _write_indices(tasks, kind, metadata)
     logger.info("%s", summary.describe())
     return summary
@@ -184,9 +207,14 @@ def finished(task: Task, metadata: Mapping[str, Any]) -> ShardRecord | None:
     return record if task.target.stat().st_size == record.bytes else None
 
 
-def _convert_one(
-    task: Task, metadata: Mapping[str, Any], convert: Callable, advance: Callable[[float], None]
+def convert_one(
+    task: Task, metadata: Mapping[str, Any], convert: Convert, advance: Advance
 ) -> ShardRecord:
+    """Make one output shard and its record, whole or not at all.
+
+    Raises:
+        Exception: of `convert`; ShardError: the disk is full.
+    """
     for leftover in task.folder.glob(f".{task.path.stem}.*.partial"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
 
@@ -250,9 +278,7 @@ class DocumentAudio:
         AudioError: while iterating: a sample cannot be decoded, or has another rate.
     """
 
-    def __init__(
-        self, samples: Iterator[Sample], path: Path, advance: Callable[[float], None]
-    ) -> None:
+    def __init__(self, samples: Iterator[Sample], path: Path, advance: Advance) -> None:
         self._head = next(samples)
         self._samples = itertools.chain([self._head], samples)
         self.path, self._advance = path, advance
@@ -294,7 +320,7 @@ class HoursProgress:
         )
         self._task = self._progress.add_task(title, total=seconds)
 
-    def __enter__(self) -> Callable[[float], None]:
+    def __enter__(self) -> Advance:
         self._progress.start()
         return self._advance
 

@@ -86,6 +86,8 @@ def encode_shards(
         "max_document_units": max_units,
     }
 
+    # Units end before the audio does, by so much in every document.
+    drops_end = bool(of_units.get("drop_last_seconds"))
     unit_shards = {(s, record.name): record for s in SPLITS for record in indices[s].shards}
 
     def convert(task: Task, shard: Shard, advance: Callable[[float], None]) -> None:
@@ -103,8 +105,9 @@ def encode_shards(
                     f"{task.path} is at {audio.rate} Hz, the codec at {codec.sample_rate} Hz; "
                     f"prepare the corpus with sample_rate={codec.sample_rate}"
                 )
+            most = len(of_document) if drops_end else max_units
             try:
-                codes = encode_document(codec, audio, samples_per_unit, max_units)
+                codes = encode_document(codec, audio, samples_per_unit, most)
             except AudioError:
                 shard.skip(document, "audio cannot be decoded")
                 continue

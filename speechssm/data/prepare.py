@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from speechssm.audio.io import encode_flac
 from speechssm.data.corpora.base import SPLITS, Corpus, Recording, Split
 from speechssm.data.corpora.pieces import Skip, cut_document
+from speechssm.data.level import Level
 from speechssm.data.shards import (
     INDEX_NAME,
     ShardIndex,
@@ -36,9 +37,6 @@ logger = logging.getLogger(__name__)
 # Pieces that a thread may cut before they are needed: half an hour of speech, some 40 MB.
 _PIECES_AHEAD = 64
 _MAX_DOCUMENT_KEY = 180
-# Silent: the loudest sample is 60 dB below full scale. Clipped: so large a share is at full scale.
-_SILENT_LEVEL = 1e-3
-_CLIPPING_LEVEL, _CLIPPING_SHARE = 0.999, 1e-3
 _DIGIT = re.compile(r"\d")
 
 Item = TypeVar("Item")
@@ -304,11 +302,9 @@ def _prepare_split(
 
 def _defects(audio: np.ndarray) -> Counter[str]:
     """Which of the totals `silent_pieces` and `clipped_pieces` a piece (float32 [S]) counts for."""
-    level = np.abs(audio)
-    return Counter(
-        silent_pieces=int(level.max(initial=0.0) < _SILENT_LEVEL),
-        clipped_pieces=int((level > _CLIPPING_LEVEL).mean() > _CLIPPING_SHARE),
-    )
+    level = Level()
+    level.add(audio)
+    return Counter(silent_pieces=int(level.silent), clipped_pieces=int(level.clipped))
 
 
 def _document_key(document: str) -> str:

@@ -50,7 +50,11 @@ def dump_json(value: Any) -> bytes:
 
 @dataclass
 class ShardRecord:
-    """What an index says of one shard. `lengths`: units per document (unit shards only)."""
+    """What an index says of one shard.
+
+    `lengths`: units per document (unit shards only). `noted`: keys that are in the shard, by what
+    is to be known of them.
+    """
 
     name: str
     samples: int = 0
@@ -58,6 +62,7 @@ class ShardRecord:
     bytes: int = 0
     lengths: list[int] | None = None
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys
+    noted: dict[str, list[str]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         entry = {key: value for key, value in vars(self).items() if value is not None}
@@ -80,6 +85,15 @@ class ShardIndex:
     @property
     def seconds(self) -> float:
         return round(sum(shard.seconds for shard in self.shards), 4)
+
+    @property
+    def noted(self) -> dict[str, int]:
+        """How many samples each thing was noted of."""
+        counts: dict[str, int] = {}
+        for shard in self.shards:
+            for what, keys in (shard.noted or {}).items():
+                counts[what] = counts.get(what, 0) + len(keys)
+        return dict(sorted(counts.items()))
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -112,6 +126,8 @@ def write_index(
         "shards": [shard.to_dict() for shard in index.shards],
         "skipped": index.skipped,
     }
+    if index.noted:
+        content["noted"] = index.noted
     write_atomically(index.folder / INDEX_NAME, dump_json(content))
     return index
 
@@ -213,6 +229,11 @@ class Shard:
     def skip(self, key: str, reason: str) -> None:
         """Note that something was left out, and why."""
         self.record.skipped.setdefault(reason, []).append(key)
+
+    def note(self, key: str, what: str) -> None:
+        """Note something that is to be known of a sample in the shard, for example `silent`."""
+        noted = self.record.noted = self.record.noted or {}
+        noted.setdefault(what, []).append(key)
 
     def finish(self, before_rename: Callable[[ShardRecord], None] | None = None) -> ShardRecord:
         """Close the file and give it its name. `before_rename(record)` runs just before."""

@@ -113,6 +113,45 @@ def test_only_the_beginnings_of_documents_on_request(folders):
         run(folders, out="none", max_document_seconds=0.01)
 
 
+class EarlyEnd(LoudnessTokenizer):
+    """Leaves out the last 0.08 s, two units, of every recording."""
+
+    drop_last_seconds = 0.08
+
+    def encode_stream(self, blocks, rate):
+        units = np.concatenate([np.zeros(0, np.int64), *super().encode_stream(blocks, rate)])
+        yield units[: max(0, len(units) - 2)]
+
+    def num_units(self, num_samples, rate):
+        return max(0, super().num_units(num_samples, rate) - 2)
+
+
+def test_where_units_leave_out_the_end_codes_do_too(folders):
+    run(folders)
+    tokenize(folders / "audio", folders / "early", EarlyEnd())
+    assert read_index(folders / "early" / "train").metadata["drop_last_seconds"] == 0.08
+    encode_shards(
+        folders / "audio", folders / "early", folders / "out", RunningCodec(), progress=False
+    )
+    whole, early = (
+        {
+            s["__key__"]: s
+            for p in read_index(folders / out / "train", "code").paths
+            for s in iterate_shard(p)
+        }
+        for out in ("codes", "out")
+    )
+    assert early.keys() == whole.keys()
+    for key, sample in early.items():
+        frames = whole[key]["codes.npy"].shape[1] - 4
+        np.testing.assert_array_equal(sample["codes.npy"], whole[key]["codes.npy"][:, :frames])
+        np.testing.assert_array_equal(sample["units.npy"], whole[key]["units.npy"][:-2])
+    # Audio that has become shorter than its units is still found.
+    write_audio_shards(folders / "audio", [[0.2], *DOCUMENTS[1:]], heldout=DOCUMENTS[:2])
+    with pytest.raises(ShardError, match=r"train0 has 18 units, its audio .* has 5"):
+        encode_shards(folders / "audio", folders / "early", folders / "again", RunningCodec())
+
+
 def test_max_shards_limits_each_split_and_can_be_raised_later(folders):
     assert run(folders, max_shards=2).shards == 4
     assert len(read_index(folders / "codes" / "train").shards) == 2

@@ -11,7 +11,7 @@ from make_shards import RATE, tone, write_audio_shards
 from speechssm.data import conversion
 from speechssm.data.shards import ShardWriter, iterate_shard, read_index
 from speechssm.data.tokenize import tokenize_shards
-from speechssm.errors import ConfigError, FingerprintError, ShardError
+from speechssm.errors import AudioError, ConfigError, FingerprintError, ShardError
 
 DOCUMENTS = [[0.5, 0.33], [0.2], [0.41, 0.1, 0.05], [0.3], [0.2, 0.2], [0.25]]
 
@@ -35,6 +35,18 @@ class LoudnessTokenizer:
             whole = len(waiting) // 640 * 640
             frames, waiting = waiting[:whole].reshape(-1, 640), waiting[whole:]
             yield (np.abs(frames).sum(axis=1) * 1.7).astype(np.int64) % 500
+
+    def encode_many(self, recordings):
+        for key, blocks, rate in recordings:
+            try:
+                pieces = list(self.encode_stream(blocks, rate))
+            except AudioError as error:
+                yield key, error
+            else:
+                yield key, np.concatenate([np.zeros(0, np.int64), *pieces])
+
+    def num_units(self, num_samples, rate):
+        return num_samples // 640
 
 
 @pytest.fixture(scope="module")
