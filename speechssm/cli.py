@@ -236,15 +236,15 @@ def tokenize(config: dict[str, Any]) -> None:
     from functools import partial
 
     from speechssm.data.tokenize import tokenize_shards
-    from speechssm.data.workers import plan_processes
+    from speechssm.data.workers import plan_devices
     from speechssm.loading import load
 
-    devices, threads = plan_processes(config["device"], config["workers"])
+    devices = plan_devices(config["device"], config["workers"])
     load_tokenizer = partial(load, "tokenizer", config["tokenizer"], windows=config["windows"])
     # With workers, which load their own, this one only says whose units they are.
     tokenizer = load_tokenizer(device=devices[0] if len(devices) == 1 else "cpu")
-    options = {key: config[key] for key in ("index", "count", "progress")}
-    options |= {"threads": threads, "devices": devices, "load": load_tokenizer}
+    options = {key: config[key] for key in ("index", "count", "threads", "progress")}
+    options |= {"devices": devices, "load": load_tokenizer}
     tokenize_shards(config["data"], config["out"], tokenizer, **options)
 
 

@@ -57,6 +57,7 @@ class Summary:
     seconds: float = 0.0
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_keys: dict[str, list[str]] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
     complete: bool = False
 
     def add(self, record: ShardRecord, found: bool) -> None:
@@ -68,6 +69,8 @@ class Summary:
         for reason, keys in record.skipped.items():
             self.skipped[reason] = self.skipped.get(reason, 0) + len(keys)
             self.skipped_keys.setdefault(reason, []).extend(keys)
+        for what, keys in (record.noted or {}).items():
+            self.noted[what] = self.noted.get(what, 0) + len(keys)
 
     def describe(self) -> str:
         """One line for people."""
@@ -78,6 +81,8 @@ class Summary:
         for reason, keys in sorted(self.skipped_keys.items()):
             shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
             text += f"; skipped {len(keys)}, {reason}: {shown}"
+        for what, number in sorted(self.noted.items()):
+            text += f"; {what}: {number}"
         return text if self.complete else text + "; other shares are not finished yet"
 
 
@@ -163,20 +168,21 @@ def convert_shards(
             unfinished.append(task)
         else:
             summary.add(record, found=True)
-    with HoursProgress(title, sum(t.source.seconds for t in unfinished), progress) as advance:
+    hours = HoursProgress(title, sum(t.source.seconds for t in unfinished), progress)
+    with hours as advance:
         if processes is None:
-            for task in unfinished:
-                summary.add(convert_one(task, metadata, convert, advance), found=False)
+            records = (convert_one(task, metadata, convert, advance) for task in unfinished)
         else:
             from speechssm.data.workers import convert_in_processes
 
-            # They come in any order; the summary is to be the same whoever did the work.
-            for _ in convert_in_processes(processes, unfinished, metadata, advance):
-                pass
-            for task in unfinished:
-                record = finished(task, metadata)
-                assert record is not None
-                summary.add(record, found=False)
+            records = convert_in_processes(processes, unfinished, metadata, advance)
+        for record in records:
+            hours.finished(record.name)
+    # Processes finish in any order; the summary is to be the same whoever did the work.
+    for task in unfinished:
+        record = finished(task, metadata)
+        assert record is not None
+        summary.add(record, found=False)
     summary.complete = _write_indices(tasks, kind, metadata)
     logger.info("%s", summary.describe())
     return summary
@@ -319,10 +325,18 @@ class HoursProgress:
             disable=not enabled or seconds == 0,
         )
         self._task = self._progress.add_task(title, total=seconds)
+        self._lines = enabled and not self._progress.console.is_terminal
 
     def __enter__(self) -> Advance:
         self._progress.start()
         return self._advance
+
+    def finished(self, name: str) -> None:
+        """Say what the bar would show, where there is no terminal to draw it on."""
+        if self._lines:
+            task = self._progress.tasks[0]
+            state = _Hours().render(task).plain
+            logger.info("%s: %s is finished, %s", task.description, name, state)
 
     def _advance(self, seconds: float) -> None:
         self._progress.advance(self._task, seconds)

@@ -69,6 +69,8 @@ def tokenize_shards(
             f"the tokenizer has {tokenizer.vocab_size} units, shards hold at most "
             f"{_LARGEST_VOCABULARY}; use a smaller vocabulary"
         )
+    if threads < 1:
+        raise ConfigError(f"threads={threads}: give at least 1")
     metadata = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": int(tokenizer.vocab_size),
@@ -146,7 +148,7 @@ def _convert(
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"{task.path}, at {name}: no room on the device for a batch of windows; choose a "
-            f"smaller batch_windows ({' '.join(str(error).split())[:80]})"
+            f"smaller windows.batch_windows ({' '.join(str(error).split())[:80]})"
         ) from error
     except (SpeechSSMError, OSError):  # they say where
         raise

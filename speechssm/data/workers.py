@@ -7,7 +7,6 @@ itself; its unfinished shard leaves nothing but a file that the next run removes
 
 import logging
 import multiprocessing
-import os
 import signal
 import time
 import traceback
@@ -37,7 +36,7 @@ class Processes:
     Args:
         setup: called once in each process with its device; returns its `convert`. It is pickled.
         devices: one for each process, for example ("cuda:0", "cuda:1").
-        threads: of torch in each process.
+        threads: of torch in each process, whatever their number: rounding may depend on it.
     """
 
     setup: Callable[[str], Convert]
@@ -45,54 +44,29 @@ class Processes:
     threads: int = 1
 
 
-def plan_devices(device: str, workers: int | None, threads: int) -> list[str]:
+def plan_devices(device: str | Sequence[str], workers: int | None = None) -> list[str]:
     """The device of each process.
 
     Args:
-        device: `cpu`, `cuda`, or a list such as `cuda:0,cuda:1`.
-        workers: processes, shared out over the devices; None for one a device, or on the CPU one
-            for every `threads` cores that this process may use.
+        device: `cpu`, `cuda`, or several such as `cuda:0,cuda:1`.
+        workers: processes in all, shared out over the devices; None for one a device.
 
     Raises:
-        ConfigError: fewer processes than devices, or no threads.
+        ConfigError: no device, or fewer processes than devices.
     """
-    devices = [name.strip() for name in device.split(",") if name.strip()]
-    if not devices or threads < 1:
-        raise ConfigError(f"device={device} and threads={threads}: name a device, and 1 or more")
-    if workers is None:
-        workers = max(1, available_cores() // threads) if devices == ["cpu"] else len(devices)
+    names = device.split(",") if isinstance(device, str) else list(device)
+    devices = [str(name).strip() for name in names if str(name).strip()]
+    if not devices:
+        raise ConfigError("device names none; give cpu, cuda, or several such as cuda:0,cuda:1")
+    workers = len(devices) if workers is None else workers
+    if not isinstance(workers, int):
+        raise ConfigError(f"workers={workers} must be a whole number or null")
     if workers < len(devices):
         raise ConfigError(
             f"workers={workers} processes cannot serve {len(devices)} devices; give at least one a "
             "device, or null"
         )
     return [devices[number % len(devices)] for number in range(workers)]
-
-
-def plan_processes(device: str | Sequence[str], workers: int = 1) -> tuple[list[str], int]:
-    """The device of each process, and how many threads of torch each has.
-
-    Args:
-        device: `cpu`, `cuda`, or several; several have at least one process each.
-        workers: processes in all. They share the threads that torch has here.
-
-    Raises:
-        ConfigError: no device or no process, or a number that leaves devices without one.
-    """
-    names = device if isinstance(device, str) else ",".join(map(str, device))
-    if workers < 1:
-        raise ConfigError(f"workers={workers}: give at least 1")
-    several = "," in names and workers == 1
-    devices = plan_devices(names, None if several else workers, 1)
-    return devices, max(1, torch.get_num_threads() // len(devices))
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 import io
 import os
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from make_shards import RATE, tone, write_audio_shards
 
 from speechssm.data import conversion
 from speechssm.data.shards import ShardWriter, iterate_shard, read_index
 from speechssm.data.tokenize import tokenize_shards
 from speechssm.errors import AudioError, ConfigError, FingerprintError, ShardError
+from speechssm.tokenizer.windowed import WindowedTokenizer
 
 DOCUMENTS = [[0.5, 0.33], [0.2], [0.41, 0.1, 0.05], [0.3], [0.2, 0.2], [0.25]]
 
@@ -200,6 +203,104 @@ def test_documents_with_bad_audio_are_skipped_counted_and_named(tmp_path):
     assert index.skipped == {"audio cannot be decoded": 2, "shorter than one unit": 1}
     keys = [sample["__key__"] for path in index.paths for sample in iterate_shard(path)]
     assert keys == ["fine", "fine-too"]
+
+
+def sound(audio, rate, subtype="PCM_16", format="FLAC"):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate, format=format, subtype=subtype)
+    return buffer.getvalue()
+
+
+def write_documents(folder, documents):
+    """`{name: (sound's bytes, Hz)}`, a sample each, in one shard of each split."""
+    for split in ("train", "heldout"):
+        with ShardWriter(folder / split, "audio") as writer:
+            for name, (data, rate) in documents.items():
+                meta = {"document": name, "start_s": 0.0, "sample_rate": rate}
+                writer.write(name, {"flac": data, "json": meta}, seconds=0.5)
+
+
+def test_recordings_of_every_kind_are_tokenized_or_counted(tmp_path, caplog):
+    """8 to 48 kHz, 0.05 s, silence, clipping, NaN; with a real tokenizer around a network."""
+    noise = np.random.default_rng(0).normal(size=48_000).astype(np.float32) * 0.1
+    with_nan = np.append(noise[:9000], np.float32(np.nan))
+    documents = {
+        f"at-{rate}": (sound(noise[:rate], rate), rate)
+        for rate in (8_000, 11_025, 16_000, 22_050, 44_100, 48_000)
+    } | {
+        "short": (sound(noise[:800], RATE), RATE),
+        "too-short": (sound(noise[:600], RATE), RATE),
+        "silent": (sound(np.zeros(9000), RATE), RATE),
+        "clipped": (sound(np.clip(40 * noise[:9000], -1, 1), RATE), RATE),
+        "not-a-number": (sound(with_nan, RATE, "FLOAT", "WAV"), RATE),
+    }
+    write_documents(tmp_path / "audio", documents)
+    tokenizer = WindowedTokenizer(PositionModel(), 1.2, 0.4, batch_windows=4)
+    with caplog.at_level("INFO"):
+        summary = tokenize(tmp_path / "audio", tmp_path / "units", tokenizer)
+    index = read_index(tmp_path / "units" / "train", "unit")
+    samples = {s["__key__"]: s for path in index.paths for s in iterate_shard(path)}
+    lengths = {key: len(sample["units.npy"]) for key, sample in samples.items()}
+    assert list(lengths) == [name for name in documents if name[:3] not in ("too", "not")]
+    assert {key: n for key, n in lengths.items() if n != 25} == {
+        "short": 1, "silent": 14, "clipped": 14,
+    }  # fmt: skip
+    assert index.skipped == {"NaN or infinite samples": 1, "shorter than one unit": 1}
+    assert index.skipped_keys["NaN or infinite samples"] == ["not-a-number"]
+    assert index.noted == {"clipped documents": 1, "silent documents": 1}
+    assert index.shards[0].noted == {
+        "silent documents": ["silent"], "clipped documents": ["clipped"],
+    }  # fmt: skip
+    assert summary.noted == {"clipped documents": 2, "silent documents": 2}
+    assert "clipped documents: 2; silent documents: 2" in caplog.text
+    assert "NaN or infinite samples: not-a-number, not-a-number" in caplog.text
+
+
+def test_what_is_dropped_at_the_end_is_in_the_manifest(tmp_path):
+    noise = np.random.default_rng(0).normal(size=48_000).astype(np.float32) * 0.1
+    documents = {"a": (sound(noise, RATE), RATE), "b": (sound(noise[:9000], RATE), RATE)}
+    write_documents(tmp_path / "audio", documents)
+    tokenizer = WindowedTokenizer(PositionModel(), 1.2, 0.4, drop_last_seconds=1.0)
+    tokenize(tmp_path / "audio", tmp_path / "units", tokenizer)
+    index = read_index(tmp_path / "units" / "train", "unit")
+    assert index.metadata["drop_last_seconds"] == 1
+    assert index.shards[0].lengths == [50]
+    assert index.skipped_keys == {"shorter than drop_last_seconds=1": ["b"]}
+
+
+def test_a_rate_that_is_no_whole_number_is_in_the_manifest(tmp_path):
+    noise = np.random.default_rng(0).normal(size=48_000).astype(np.float32) * 0.1
+    write_documents(tmp_path / "audio", {"a": (sound(noise, RATE), RATE)})
+    tokenizer = WindowedTokenizer(PositionModel(24_000, 1920), 1.2, 0.32)
+    tokenize(tmp_path / "audio", tmp_path / "units", tokenizer)
+    index = read_index(tmp_path / "units" / "heldout", "unit")
+    assert index.metadata["rate"] == 12.5 and index.shards[0].lengths == [37]
+
+
+class PositionModel:
+    """A network without weights: units count from the beginning of a window."""
+
+    vocab_size, config = 500, MappingProxyType({})
+
+    def __init__(self, sample_rate=RATE, hop_length=640):
+        self.sample_rate, self.hop_length = sample_rate, hop_length
+
+    def state_dict(self):
+        return {}
+
+    def tokenize(self, audio_BS):
+        return torch.arange(audio_BS.shape[1] // self.hop_length).expand(len(audio_BS), -1)
+
+
+def test_without_a_terminal_each_shard_is_a_line(audio, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        tokenize_shards(audio, tmp_path, LoudnessTokenizer())
+    lines = [r.message for r in caplog.records if "is finished" in r.message]
+    assert len(lines) == 6
+    assert lines[0].startswith("tokenize: shard-000000.tar is finished, 0.00/0.00 h of audio")
+    with caplog.at_level("INFO"):
+        tokenize(audio, tmp_path / "quiet")
+    assert len([r for r in caplog.records if "is finished" in r.message]) == 6
 
 
 def test_a_truncated_source_shard_is_named_and_finished_shards_stay(audio, tmp_path):
