@@ -144,7 +144,7 @@ def convert_in_processes(
                 if kind == "failed":
                     if failure is None:
                         failure = content
-                        logger.error("%s: stopping when the shards at work are finished", content)
+                        logger.error("failed: stopping when the shards at work are finished")
                     _dismiss(connection, workers)
                     continue
                 if kind == "finished":
@@ -198,8 +198,11 @@ def _serve(
         except SpeechSSMError as error:
             connection.send(("failed", type(error)(str(error))))
         except Exception as error:
-            where = f"{task.path}: " if task else ""
-            bug = WorkerBug(f"{where}{type(error).__name__}: {error}")
+            message = str(error)
+            if task is None or str(task.path) not in message:
+                where = "" if task is None else f"{task.path}: "
+                message = f"{where}{type(error).__name__}: {message}"
+            bug = WorkerBug(message)
             bug.add_note(traceback.format_exc())
             connection.send(("failed", bug))
     except (BrokenPipeError, ConnectionResetError):

@@ -96,21 +96,18 @@ def damage_last_sample(folder):
     return path
 
 
-def test_a_damaged_sample_is_named_and_the_other_shards_are_finished(tokenizer, tmp_path, capsys):
+def test_a_damaged_sample_is_named_and_the_other_shards_are_finished(tokenizer, tmp_path):
     write_audio_shards(tmp_path / "audio", [[0.5]] * 3, per_shard=1, heldout=[[0.5, 0.4]])
     path = damage_last_sample(tmp_path / "audio" / "heldout")
     out = tmp_path / "units"
-    assert main(words(tmp_path / "audio", tokenizer, out, workers=2)) == 1
-    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(error) == 1 and str(path) in error[0] and "heldout0-0000" in error[0]
-    assert "Traceback" not in error[0]
+    tokens = load("tokenizer", tokenizer)
+    options = {"devices": ["cpu", "cpu"], "load": partial(load, "tokenizer", tokenizer)}
+    with pytest.raises(ShardError, match="'heldout0-0000'") as caught:
+        tokenize_shards(tmp_path / "audio", out, tokens, progress=False, **options)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     names = [f"shard-{number:06d}.{end}" for number in range(3) for end in ("json", "tar")]
     assert sorted(os.listdir(out / "train")) == names
     assert os.listdir(out / "heldout") == []
-    tokens = load("tokenizer", tokenizer)
-    options = {"devices": ["cpu", "cpu"], "load": partial(load, "tokenizer", tokenizer)}
-    with pytest.raises(ShardError, match=r"heldout/shard-000000\.tar .*heldout0-0000"):
-        tokenize_shards(tmp_path / "audio", out, tokens, progress=False, **options)
 
 
 def test_what_a_worker_cannot_load_is_its_own_error(audio, tokenizer, tmp_path):
@@ -189,7 +186,6 @@ class Broken:
 def test_a_bug_is_named_with_shard_and_document(tmp_path, devices):
     write_audio_shards(tmp_path / "audio", [[0.5], [0.4], [0.3]])
     options = {"devices": devices, "load": Broken, "progress": False}
-    with pytest.raises(RuntimeError, match=r"shard-000000\.tar, at train1: KeyError: 'a bug'"):
+    named = r"^\S+shard-000000\.tar, at train1: KeyError: 'a bug'(\n|$)"
+    with pytest.raises(RuntimeError, match=named):
         tokenize_shards(tmp_path / "audio", tmp_path / "units", Broken(), **options)
-    if devices:  # the other process finished what it was at
-        assert (tmp_path / "units" / "train" / "shard-000001.tar").exists()
