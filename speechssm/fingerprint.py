@@ -2,9 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+
+
+def plain(value: Any) -> Any:
+    """The same with dicts and lists for mappings and sequences of any kind, Hydra's included.
+
+    Configs are kept so, as `fingerprint` and JSON need them.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(entry) for entry in value]
+    return value
 
 
 def fingerprint(config: Mapping, weights: Mapping[str, torch.Tensor]) -> str:

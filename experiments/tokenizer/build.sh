@@ -78,7 +78,7 @@ main() {
     kmeans log_mel log_mel
     kmeans mfcc mfcc
 
-    say "3/6 small: masked prediction and recognition, nothing from outside"
+    say "3/6 small: masked prediction and recognition"
     train small ${training[@]+"${training[@]}"}
 
     if [ -n "$WHISPER" ]; then

@@ -5,8 +5,10 @@ import functools
 import gc
 import math
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 
@@ -80,3 +82,28 @@ def read_memory() -> MemoryReading:
         tensor_bytes(),
         psutil.Process().memory_info().rss,
     )
+
+
+def memory_after_each(
+    count: int, step: Callable[[int], object], advance: Callable[[], object]
+) -> dict[str, np.ndarray]:
+    """Read memory after each of `count` calls of `step(index)`; `advance` follows each reading.
+
+    Returns:
+        Readings [count] by kind (fields of `MemoryReading`, in bytes or blocks), without those
+        that cannot be had here.
+    """
+    gc.collect()
+    # Modules, code and weights are not searched again at each reading.
+    gc.freeze()
+    # Room for all readings beforehand: a growing list would be the leak that it looks for.
+    readings = np.zeros((count, len(MemoryReading._fields)))
+    try:
+        for index in range(count):
+            step(index)
+            readings[index] = read_memory()
+            advance()
+    finally:
+        gc.unfreeze()
+    kinds = zip(MemoryReading._fields, readings.T, strict=True)
+    return {kind: values for kind, values in kinds if not np.isnan(values).any()}

@@ -6,7 +6,6 @@ language model alone to far positions and measures its state and the time of a s
 Shapes: B batch, T time.
 """
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechssm.benchmark.memory import MemoryReading, read_memory
+from speechssm.benchmark.memory import memory_after_each
 from speechssm.benchmark.positions import fit_state
 from speechssm.errors import ConfigError
 from speechssm.evaluation.results import progress_bar, write_results
@@ -155,24 +154,17 @@ def measure_windows(
         seconds, one per chunk.
     """
     stream = generate(None, None, None, seed, voice=voice, **options)
-    gc.collect()
-    # Modules, code and weights are not searched again at each reading.
-    gc.freeze()
-    # Room for all readings beforehand: a growing list would be the leak that it looks for.
-    readings = np.zeros((windows, len(MemoryReading._fields)))
     seconds = np.zeros(windows)
+
+    def step(index: int) -> None:
+        begun = time.perf_counter()
+        next(stream)
+        seconds[index] = time.perf_counter() - begun
+
     try:
-        for index in range(windows):
-            begun = time.perf_counter()
-            next(stream)
-            seconds[index] = time.perf_counter() - begun
-            readings[index] = read_memory()
-            advance()
+        return memory_after_each(windows, step, advance), seconds
     finally:
         stream.close()
-        gc.unfreeze()
-    kinds = zip(MemoryReading._fields, readings.T, strict=True)
-    return {kind: values for kind, values in kinds if not np.isnan(values).any()}, seconds
 
 
 def memory_rows(

@@ -8,7 +8,6 @@ Shapes: S samples, B batch of windows.
 
 import copy
 import dataclasses
-import gc
 import itertools
 import math
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from speechssm.benchmark.memory import MemoryReading, read_memory
+from speechssm.benchmark.memory import memory_after_each
 from speechssm.benchmark.pipeline import (
     KIB,
     LEAST_WINDOWS,
@@ -283,21 +282,10 @@ def measure_memory(
     single.batch_windows = 1
     rate = tokenizer.sample_rate
     stream = single.encode_stream(speech_like_noise(seed, rate), rate)
-    gc.collect()
-    # Modules, code and weights are not searched again at each reading.
-    gc.freeze()
-    # Room for all readings beforehand: a growing list would be the leak that it looks for.
-    readings = np.zeros((windows, len(MemoryReading._fields)))
     try:
-        for index in range(windows):
-            next(stream)
-            readings[index] = read_memory()
-            advance()
+        return memory_after_each(windows, lambda _: next(stream), advance)
     finally:
         stream.close()
-        gc.unfreeze()
-    kinds = zip(MemoryReading._fields, readings.T, strict=True)
-    return {kind: values for kind, values in kinds if not np.isnan(values).any()}
 
 
 def buffer_period(tokenizer: WindowedTokenizer) -> int:

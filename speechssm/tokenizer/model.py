@@ -9,7 +9,7 @@ Q target codebooks, K codes in each, L text length, V unit vocabulary, W text vo
 H units of a teacher, A random numbers a row takes for augmentation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from speechssm.audio.features import LogMel
 from speechssm.errors import ConfigError
+from speechssm.fingerprint import plain
 from speechssm.nn.conformer import Conformer
 from speechssm.nn.finite_scalar_quantization import FiniteScalarQuantizer
 from speechssm.nn.vector_quantization import Float32Buffers, VectorQuantizer, sum_over_ranks
@@ -346,15 +347,3 @@ class SemanticTokenizer(nn.Module):
         if self.spec_augment is not None:
             mel_BTM = self.spec_augment(mel_BTM, length_B, augment_BA[:, 2:].unflatten(1, (-1, 2)))
         return mel_BTM
-
-
-def plain(config: dict) -> dict:
-    """The same with lists for Hydra's and other sequences, dictionaries for its mappings."""
-    return {
-        key: dict(value)
-        if isinstance(value, Mapping)
-        else list(value)
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else value
-        for key, value in config.items()
-    }

@@ -145,7 +145,7 @@ def recognise_units(
     vocab_size: int,
     rate: float,
     *,
-    probe_steps: int = 2000,
+    probe_steps: int = 1500,
     batch_seconds: float = 80.0,
     learning_rate: float = 2e-3,
     width: int = 192,

@@ -56,6 +56,8 @@ COLUMNS = (
     Column("window_agreement", "windows agree", True),
     Column("end_told_silence", "end told, silence", False),
     Column("end_told_repeat", "end told, repeat", False),
+    Column("end_told_silence_by_histogram", "by histogram, silence", False),
+    Column("end_told_repeat_by_histogram", "by histogram, repeat", False),
 )
 
 

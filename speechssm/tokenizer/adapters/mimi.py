@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from speechssm.errors import CheckpointError, ConfigError
+from speechssm.fingerprint import plain
 from speechssm.tokenizer.adapters.hub import local_path
-from speechssm.tokenizer.adapters.plain import plain
 
 EXAMPLE = "kyutai/mimi"
 # What a saved config of transformers says about itself rather than about the architecture.

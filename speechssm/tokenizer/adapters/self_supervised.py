@@ -11,7 +11,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from speechssm.errors import CheckpointError, ConfigError
-from speechssm.tokenizer.adapters.plain import plain
+from speechssm.fingerprint import plain
 
 # All these encoders share one convolutional front: 400 samples wide, 320 apart.
 FRAME_WIDTH, FRAME_HOP = 400, 320
