@@ -51,11 +51,17 @@ ORIGINS = {
 }
 
 
-def load_semantic(weights: str | Path, checkpoint: str = "best-or-last") -> SemanticFeatures:
+def load_semantic(
+    weights: str | Path,
+    checkpoint: str = "best-or-last",
+    upper: bool = False,
+    window_norm: bool = False,
+) -> SemanticFeatures:
     """Features of a tokenizer trained by this project, below its quantiser.
 
     Args:
         weights, checkpoint: as `name_or_path` and `checkpoint` of `speechssm.loading.load`.
+        upper, window_norm: see `SemanticFeatures`.
 
     Raises:
         CheckpointError: see `load`; or a tokenizer that has no encoder of ours.
@@ -67,7 +73,7 @@ def load_semantic(weights: str | Path, checkpoint: str = "best-or-last") -> Sema
             f"{saved.path} holds {saved.model.get('_target_')}; features=semantic needs a "
             "SemanticTokenizer: name a run of `python train.py stage=tokenizer`"
         )
-    return SemanticFeatures(model)
+    return SemanticFeatures(model, upper, window_norm)
 
 
 @dataclass

@@ -155,6 +155,7 @@ def test_self_supervised_features_travel_too(audio_shards, tmp_path) -> None:
 
 def test_our_own_encoder_without_what_lies_above(audio_shards, tmp_path) -> None:
     from speechssm.loading import Saved, write_own
+    from speechssm.nn.norms import normalize_over_time
     from speechssm.tokenizer.model import SemanticTokenizer
 
     sizes = {"vocab_size": 16, "width": 16, "num_heads": 2, "ffn_width": 32, "lower_layers": 1}
@@ -172,6 +173,14 @@ def test_our_own_encoder_without_what_lies_above(audio_shards, tmp_path) -> None
     assert len(tokenizer.fingerprint) == 64 and tokenizer.vocab_size == 8
     weights = tokenizer.model.state_dict()
     assert not any(part in name for name in weights for part in ("upper", "head", "quantizer"))
+    words += ["features.upper=true", "features.window_norm=true"]
+    assert kmeans(audio_shards, tmp_path / "upper", *words) == 0
+    tokenizer = load("tokenizer", tmp_path / "upper")
+    above_BTD = model.upper(model.hidden(audio_BS))
+    torch.testing.assert_close(
+        tokenizer.model.features(audio_BS), normalize_over_time(above_BTD.detach())
+    )
+    assert not any("head" in name or "quantizer" in name for name in tokenizer.model.state_dict())
 
 
 def test_features_of_a_tokenizer_that_has_none_are_refused(audio_shards, tmp_path, capsys) -> None:

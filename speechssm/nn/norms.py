@@ -21,3 +21,27 @@ class RMSNorm(nn.Module):
             x_BTD.float(), (self.width,), 1 + self.scale.float(), self.eps
         )
         return normed_BTD.to(x_BTD.dtype)
+
+
+def normalize_over_time(x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Each channel of each row to mean 0 and deviation 1 over its valid frames; others become 0.
+
+    Instance normalisation: it takes out what does not change within a row, and a channel that
+    hardly moves stays small.
+
+    Args:
+        x_BTD: any float dtype, which the result has too; the sums are float32.
+        valid_BT: bool; None for all.
+
+    Source: Chou et al. 2019, where it takes the speaker out of content.
+    """
+    if valid_BT is None:
+        weight_BT1 = torch.ones_like(x_BTD[..., :1], dtype=torch.float32)
+    else:
+        weight_BT1 = valid_BT.unsqueeze(-1).float()
+    count_B11 = weight_BT1.sum(dim=1, keepdim=True).clamp(min=1.0)
+    x_float_BTD = x_BTD.float()
+    mean_B1D = (x_float_BTD * weight_BT1).sum(dim=1, keepdim=True) / count_B11
+    centred_BTD = (x_float_BTD - mean_B1D) * weight_BT1
+    variance_B1D = centred_BTD.square().sum(dim=1, keepdim=True) / count_B11
+    return (centred_BTD * torch.rsqrt(variance_B1D + 1e-3)).to(x_BTD.dtype)

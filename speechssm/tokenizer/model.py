@@ -21,6 +21,8 @@ from speechssm.errors import ConfigError
 from speechssm.fingerprint import plain
 from speechssm.nn.conformer import Conformer
 from speechssm.nn.finite_scalar_quantization import FiniteScalarQuantizer
+from speechssm.nn.norms import normalize_over_time
+from speechssm.nn.softmax_quantization import SoftmaxQuantizer
 from speechssm.nn.vector_quantization import Float32Buffers, VectorQuantizer, sum_over_ranks
 from speechssm.tokenizer.masking import SpecAugment, repeat_frames, span_mask, warp_frequencies
 from speechssm.tokenizer.random_projection import RandomProjectionQuantizer
@@ -29,6 +31,7 @@ FRAMES_PER_UNIT = 4
 # Under mel energies of speech levelled to a root mean square of 0.1, some 37 dB below their mean:
 # what is quieter is rather noise of the room than speech.
 MEL_FLOOR = 1e-5
+WINDOW_NORMS = ("none", "input", "output", "both")
 
 
 class TokenizerOutput(NamedTuple):
@@ -112,11 +115,12 @@ class SemanticTokenizer(nn.Module):
         lower_layers, upper_layers: blocks below and above the quantiser.
         chunk_seconds: attention stays inside chunks of this length; None for the whole window.
         num_mels: M. sample_rate: Hz; one unit is sample_rate / 25 samples.
-        quantization: "moving_average" or "gradient", how the codebook is learned; or
-            "finite_scalar", which has none.
+        quantization: "moving_average" or "gradient", how the codebook is learned; "finite_scalar",
+            which has none; or "softmax", the most probable class of a linear classifier, which a
+            teacher's units train where there is one (see `SoftmaxQuantizer`).
         finite_scalar_levels: levels of each dimension; their product is V.
-        codebook_width: C of the lookup. ema_decay, cosine, dead_code_threshold: see
-            `VectorQuantizer`; the space is always whitened.
+        codebook_width: C of the lookup; None looks up the D numbers of the encoder themselves.
+            ema_decay, cosine, whiten, dead_code_threshold: see `VectorQuantizer`.
         bypass_probability: share of the rows that pass around the quantiser in training. What is
             above then teaches the encoder from the first step, when the codes say little yet.
         num_target_codebooks, target_codebook_size, target_codebook_width: Q, K and width of the
@@ -126,6 +130,9 @@ class SemanticTokenizer(nn.Module):
         spec_augment: arguments of `SpecAugment`, in training; None switches it off.
         frequency_warp: in training the mel axis is stretched by up to this share, as another
             length of the vocal tract would; the targets are not. 0 switches it off.
+        window_norm: where every channel is brought to mean 0 and deviation 1 over the window, so
+            that what does not change in it, a voice above all, is hard to read off: "input" of the
+            Conformer, "output" (what the quantiser sees), "both" or "none".
         text_vocab_size: pieces of the sentencepiece model, without the blank; 0 for no CTC head.
         teacher_vocab_size: H, another tokenizer's units that a head below the quantiser predicts;
             0 for none.
@@ -149,9 +156,10 @@ class SemanticTokenizer(nn.Module):
         sample_rate: int = 16_000,
         quantization: str = "moving_average",
         finite_scalar_levels: Sequence[int] | None = None,
-        codebook_width: int = 16,
+        codebook_width: int | None = 16,
         ema_decay: float = 0.99,
         cosine: bool = True,
+        whiten: bool = True,
         dead_code_threshold: float = 0.1,
         bypass_probability: float = 0.0,
         num_target_codebooks: int = 16,
@@ -163,6 +171,7 @@ class SemanticTokenizer(nn.Module):
         mask_noise: float = 0.1,
         spec_augment: dict | None = None,
         frequency_warp: float = 0.0,
+        window_norm: str = "none",
         text_vocab_size: int = 0,
         teacher_vocab_size: int = 0,
     ):
@@ -185,6 +194,11 @@ class SemanticTokenizer(nn.Module):
         self.mask_noise = mask_noise
         self.spec_augment = None if spec_augment is None else SpecAugment(**spec_augment)
         self.frequency_warp = frequency_warp
+        if window_norm not in WINDOW_NORMS:
+            raise ConfigError(
+                f"tokenizer: window_norm is one of {', '.join(WINDOW_NORMS)}, not {window_norm}"
+            )
+        self.window_norm = window_norm
         self.num_target_codebooks = num_target_codebooks
         with torch.device("cpu"):  # torchaudio's filter bank looks at its values: not on meta
             self.log_mel = LogMel(
@@ -205,6 +219,13 @@ class SemanticTokenizer(nn.Module):
                     f"tokenizer: finite_scalar_levels={list(finite_scalar_levels or ())} make "
                     f"{self.quantizer.codebook_size} units, vocab_size says {vocab_size}"
                 )
+        elif quantization == "softmax":
+            self.quantizer = SoftmaxQuantizer(vocab_size, width)
+            if teacher_vocab_size not in (0, vocab_size):
+                raise ConfigError(
+                    f"tokenizer: quantization=softmax takes the teacher's units for its own; "
+                    f"set model.vocab_size={teacher_vocab_size}"
+                )
         else:
             self.quantizer = VectorQuantizer(
                 vocab_size,
@@ -213,7 +234,7 @@ class SemanticTokenizer(nn.Module):
                 ema_decay=ema_decay,
                 cosine=cosine,
                 dead_code_threshold=dead_code_threshold,
-                whiten=True,
+                whiten=whiten,
                 learning=quantization,
             )
         self.upper = Conformer(upper_layers, *shape, rotary=True)
@@ -226,7 +247,10 @@ class SemanticTokenizer(nn.Module):
         )
         self.target_head = nn.Linear(width, num_target_codebooks * target_codebook_size)
         self.text_head = nn.Linear(width, text_vocab_size + 1) if text_vocab_size else None
-        self.teacher_head = nn.Linear(width, teacher_vocab_size) if teacher_vocab_size else None
+        # The classes of a softmax quantiser are the teacher's units themselves.
+        needs_head = teacher_vocab_size and quantization != "softmax"
+        self.teacher_head = nn.Linear(width, teacher_vocab_size) if needs_head else None
+        self.teacher_vocab_size = teacher_vocab_size
 
     @property
     def num_augment_numbers(self) -> int:
@@ -259,8 +283,17 @@ class SemanticTokenizer(nn.Module):
         if audio_BS.shape[1] < self.hop_length:
             return audio_BS.new_zeros(len(audio_BS), 0, self.subsampling.norm.weight.shape[0])
         mel_BTM, _ = self.features(audio_BS, None)
+        return self.encode(mel_BTM, None)
+
+    def encode(self, mel_BTM: Tensor, valid_BT: Tensor | None) -> Tensor:
+        """Normalised log-mel [B, 4T, M] to what the quantiser sees, [B, T, D]."""
         hidden_BTD = self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype))
-        return self.lower(hidden_BTD, chunk=self.chunk)
+        if self.window_norm in ("input", "both"):
+            hidden_BTD = normalize_over_time(hidden_BTD, valid_BT)
+        hidden_BTD = self.lower(hidden_BTD, valid_BT, self.chunk)
+        if self.window_norm in ("output", "both"):
+            hidden_BTD = normalize_over_time(hidden_BTD, valid_BT)
+        return hidden_BTD
 
     @torch.no_grad()
     def tokenize(self, audio_BS: Tensor) -> Tensor:
@@ -316,9 +349,7 @@ class SemanticTokenizer(nn.Module):
         masked_BT1 = repeat_frames(mask_BT, FRAMES_PER_UNIT).unsqueeze(-1)
         mel_BTM = torch.where(masked_BT1, noise_BTM, mel_BTM)
 
-        hidden_BTD = self.lower(
-            self.subsampling(mel_BTM.to(self.subsampling.norm.weight.dtype)), valid_BT, self.chunk
-        )
+        hidden_BTD = self.encode(mel_BTM, valid_BT)
         # Codes serve frames that were seen: at inference nothing is masked, so codes that only
         # stand for masked frames would be lost from the vocabulary.
         quantized_BTD, units_BT, commitment_loss = self.quantizer(hidden_BTD, valid_BT & ~mask_BT)
@@ -337,8 +368,15 @@ class SemanticTokenizer(nn.Module):
             valid_BT=valid_BT,
             commitment_loss=commitment_loss,
             text_logits_BTW=None if self.text_head is None else self.text_head(upper_BTD),
-            teacher_logits_BTH=None if self.teacher_head is None else self.teacher_head(hidden_BTD),
+            teacher_logits_BTH=self._teacher_logits(hidden_BTD),
         )
+
+    def _teacher_logits(self, hidden_BTD: Tensor) -> Tensor | None:
+        if not self.teacher_vocab_size:
+            return None
+        if self.teacher_head is None:
+            return self.quantizer.logits(hidden_BTD)
+        return self.teacher_head(hidden_BTD)
 
     def _augment(self, mel_BTM: Tensor, length_B: Tensor, augment_BA: Tensor) -> Tensor:
         if self.frequency_warp:

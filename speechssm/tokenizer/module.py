@@ -5,6 +5,7 @@ Shapes: B batch, S samples, T time (25 Hz), L text length, V unit vocabulary, Q 
 K codes in each, H units of the teacher, A random numbers of augmentation in a row.
 """
 
+import logging
 from typing import Any
 
 import hydra.utils
@@ -17,6 +18,8 @@ from speechssm.nn.optimization import build_optimizer
 from speechssm.nn.vector_quantization import sum_over_ranks
 from speechssm.tokenizer.losses import ctc_loss, histogram, mean_where, perplexity, prediction_loss
 
+log = logging.getLogger(__name__)
+
 
 class TokenizerModule(lightning.LightningModule):
     """LightningModule of the tokenizer stage.
@@ -27,13 +30,16 @@ class TokenizerModule(lightning.LightningModule):
     Args:
         model: `_target_` and arguments of a `SemanticTokenizer`.
         optimizer: see `build_optimizer`.
-        ctc_weight, commitment_weight: of those losses; masked prediction counts 1.
+        masked_weight, ctc_weight, commitment_weight: of those losses.
         unmasked_weight: of predicting the targets at frames that are not masked, as HuBERT may.
             There the units have to carry what the frame itself holds, which teaches them faster.
         teacher: another tokenizer, by what `speechssm.loading.load` takes, whose units a head below
             the quantiser predicts at every frame, as HuBERT does those of k-means; None for no
             distillation. The teacher is not saved with the run.
         teacher_weight: of that cross entropy.
+        initial_weights: another tokenizer, named as the teacher is, that a new run begins with:
+            every tensor that has the same name and shape in both. A codebook of another size, or
+            heads that one of them lacks, begin anew.
         seed: of the masks in validation, which are the same every time.
 
     Raises:
@@ -44,24 +50,27 @@ class TokenizerModule(lightning.LightningModule):
         self,
         model: dict,
         optimizer: dict,
+        masked_weight: float = 1.0,
         ctc_weight: float = 0.3,
         commitment_weight: float = 0.25,
         unmasked_weight: float = 0.0,
         teacher: str | None = None,
         teacher_weight: float = 2.0,
+        initial_weights: str | None = None,
         seed: int = 0,
     ):
         super().__init__()
         # In a list, so that its weights are no part of checkpoints.
         self._teacher: list[nn.Module] = []
         if teacher is not None:
-            self._teacher = [load_teacher(teacher)]
+            self._teacher = [load_other(teacher).eval().requires_grad_(False)]
             model = {**model, "teacher_vocab_size": self.teacher.vocab_size}
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
         if self.teacher is not None:
             check_teacher(self.teacher, self.model)
         self.teacher_weight = teacher_weight
+        self.masked_weight = masked_weight
         self.ctc_weight = ctc_weight
         self.commitment_weight = commitment_weight
         self.unmasked_weight = unmasked_weight
@@ -70,6 +79,10 @@ class TokenizerModule(lightning.LightningModule):
         self.register_buffer("unit_counts_V", torch.zeros(self.model.vocab_size), persistent=False)
         target_counts_QK = torch.zeros(self.model.targets.codebook_QKC.shape[:2])
         self.register_buffer("target_counts_QK", target_counts_QK, persistent=False)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
+            begin_with(self.model, load_other(self.hparams.initial_weights))
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -95,7 +108,7 @@ class TokenizerModule(lightning.LightningModule):
             "commitment": output.commitment_loss,
         }
         loss = (
-            figures["mlm_loss"]
+            self.masked_weight * figures["mlm_loss"]
             + self.unmasked_weight * figures["unmasked_loss"]
             + self.commitment_weight * output.commitment_loss
         )
@@ -179,11 +192,37 @@ class TokenizerModule(lightning.LightningModule):
         }
 
 
-def load_teacher(name_or_path: str) -> nn.Module:
-    """The frozen network of another tokenizer; how it is found is none of this room's business."""
+def load_other(name_or_path: str) -> nn.Module:
+    """The network of another tokenizer; how it is found is none of this room's business."""
     source = {"_target_": "speechssm.loading.load_network", "stage": "tokenizer"}
-    network = hydra.utils.instantiate(source, name_or_path=name_or_path)
-    return network.eval().requires_grad_(False)
+    return hydra.utils.instantiate(source, name_or_path=name_or_path)
+
+
+@torch.no_grad()
+def begin_with(model: nn.Module, other: nn.Module) -> None:
+    """Copy every tensor that both have, by name and shape; one line says what began anew.
+
+    A codebook is taken over whole or not at all: its averages belong to its codes.
+
+    Raises:
+        ConfigError: they share nothing.
+    """
+    ours, theirs = model.state_dict(), other.state_dict()
+    if hasattr(model.quantizer, "classifier"):  # it goes on from a head for the same units
+        for kind in ("weight", "bias"):
+            if f"teacher_head.{kind}" in theirs:
+                theirs[f"quantizer.classifier.{kind}"] = theirs[f"teacher_head.{kind}"]
+    same = {name for name in ours if name in theirs and ours[name].shape == theirs[name].shape}
+    codes = {name for name in ours if name.startswith("quantizer.") and "classifier" not in name}
+    if not codes <= same:
+        same -= codes
+    if not same:
+        raise ConfigError("stage.initial_weights names a tokenizer of another kind or size")
+    for name in same:
+        ours[name].copy_(theirs[name])
+    anew = sorted({name.rsplit(".", 1)[0] for name in ours.keys() - same})
+    if anew:
+        log.info("stage.initial_weights: begun anew: %s", ", ".join(anew))
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from speechssm.errors import ConfigError
 from speechssm.nn.documents import position_after, positions_in_document, segments
 from speechssm.nn.linear import BlockDiagonalLinear, Linear
 from speechssm.nn.mlp import GatedMLP
-from speechssm.nn.norms import RMSNorm
+from speechssm.nn.norms import RMSNorm, normalize_over_time
 from speechssm.nn.rotary import apply_rotary
 
 
@@ -28,6 +28,23 @@ def test_rms_norm_and_its_gradients_equal_the_formula():
 
 def test_rms_norm_keeps_the_dtype():
     assert RMSNorm(8)(torch.randn(1, 2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_channels_are_normalised_over_the_valid_frames_alone():
+    x = torch.randn(2, 40, 3) * torch.tensor([0.5, 2.0, 8.0]) + torch.tensor([5.0, 0.0, -1.0])
+    padded = torch.cat([x, 100 * torch.randn(2, 10, 3)], dim=1)
+    valid = torch.arange(50).expand(2, -1) < 40
+    found = normalize_over_time(padded, valid)
+    assert torch.allclose(found[:, :40], normalize_over_time(x), atol=1e-5)
+    assert not found[:, 40:].any()
+    assert torch.allclose(found[:, :40].mean(1), torch.zeros(2, 3), atol=1e-5)
+    assert torch.allclose(found[:, :40].std(1, correction=0), torch.ones(2, 3), atol=1e-2)
+
+
+def test_a_channel_that_hardly_moves_is_not_blown_up():
+    x = 7.0 + 1e-4 * torch.randn(1, 30, 2)
+    assert normalize_over_time(x).abs().max() < 0.02
+    assert normalize_over_time(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_linear_starts_with_the_stated_variance_and_no_bias():

@@ -195,7 +195,9 @@ def test_augmentation_changes_what_is_seen_and_not_the_targets():
     "options",
     [
         {"quantization": "gradient"},
+        {"quantization": "moving_average", "codebook_width": None, "whiten": False},
         {"quantization": "finite_scalar", "finite_scalar_levels": [4, 8]},
+        {"quantization": "softmax"},
     ],
 )
 def test_other_quantisers_train_and_tokenize(options):
@@ -207,6 +209,36 @@ def test_other_quantisers_train_and_tokenize(options):
     assert model.lower.layers[0].norm.weight.grad.abs().sum() > 0
     units = model.eval().tokenize(audio)
     assert units.min() >= 0 and units.max() < 32 and len(units.unique()) > 1
+
+
+@pytest.mark.parametrize("place", ["output", "both"])
+def test_what_the_quantiser_sees_can_be_normalised_over_the_window(place):
+    hidden = small_model(window_norm=place).hidden(torch.randn(2, 32_000))
+    assert torch.allclose(hidden.mean(dim=1), torch.zeros(2, 16), atol=1e-5)
+    assert torch.allclose(hidden.std(dim=1, correction=0), torch.ones(2, 16), atol=0.02)
+
+
+def test_a_normalised_input_does_not_tell_a_constant_channel_from_none():
+    model = small_model(window_norm="input")
+    features = torch.randn(1, 200, 20)
+    with torch.no_grad():
+        before = model.encode(features, None)
+        model.subsampling.norm.bias += torch.randn(16)
+        assert torch.allclose(model.encode(features, None), before, atol=1e-4)
+
+
+def test_a_softmax_quantiser_names_the_units_of_its_teacher():
+    model = small_model(quantization="softmax", teacher_vocab_size=32)
+    assert model.teacher_head is None
+    output = model(torch.randn(2, 32_000), torch.tensor([32_000] * 2), torch.ones(2, 50))
+    assert torch.equal(output.teacher_logits_BTH.argmax(-1), output.units_BT)
+    with pytest.raises(ConfigError, match=r"set model\.vocab_size=40"):
+        small_model(quantization="softmax", teacher_vocab_size=40)
+
+
+def test_an_unknown_place_of_the_window_norm_is_refused():
+    with pytest.raises(ConfigError, match="window_norm is one of none, input, output, both"):
+        small_model(window_norm="middle")
 
 
 def test_levels_that_do_not_make_the_vocabulary_are_refused():

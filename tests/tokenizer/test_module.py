@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from speechssm.errors import ConfigError
-from speechssm.tokenizer.module import TokenizerModule
+from speechssm.tokenizer.model import SemanticTokenizer
+from speechssm.tokenizer.module import TokenizerModule, begin_with
 
 MODEL = {
     "_target_": "speechssm.tokenizer.model.SemanticTokenizer",
@@ -190,7 +191,7 @@ class Pitch(torch.nn.Module):
 
 @pytest.fixture
 def teachers(monkeypatch):
-    """What "pitch" stands for is put into the returned list."""
+    """What "pitch" stands for, whether it is a teacher or not, is put into the returned list."""
     held = []
     monkeypatch.setattr(
         "speechssm.loading.load_network",
@@ -214,3 +215,61 @@ def test_a_teacher_of_another_rate_is_refused(teachers):
     teachers.append(Pitch(320))
     with pytest.raises(ConfigError, match=r"stage\.teacher has a unit for 320 samples"):
         TokenizerModule(MODEL, OPTIMIZER, teacher="pitch")
+
+
+def tokenizer(seed: int, **options) -> SemanticTokenizer:
+    torch.manual_seed(seed)
+    arguments = {key: value for key, value in MODEL.items() if key != "_target_"}
+    return SemanticTokenizer(**{**arguments, **options})
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], part: str) -> bool:
+    names = [name for name in one if name.startswith(part)]
+    assert names
+    return all(torch.equal(one[name], other[name]) for name in names)
+
+
+def test_a_run_begins_with_what_another_tokenizer_has_in_common(caplog):
+    ours, theirs = tokenizer(1, vocab_size=16), tokenizer(2)
+    fresh = {name: value.clone() for name, value in ours.state_dict().items()}
+    with caplog.at_level("INFO"):
+        begin_with(ours, theirs)
+    found = ours.state_dict()
+    for part in ("lower.", "upper.", "subsampling.", "text_head."):
+        assert equal(found, theirs.state_dict(), part)
+    # project_in has the same shape in both, but belongs to a codebook of another size.
+    assert equal(found, fresh, "quantizer.")
+    assert "begun anew: quantizer" in caplog.text
+
+
+def test_a_softmax_quantiser_goes_on_from_the_teachers_head():
+    theirs = tokenizer(2, teacher_vocab_size=8)
+    ours = tokenizer(1, quantization="softmax", vocab_size=8, teacher_vocab_size=8)
+    begin_with(ours, theirs)
+    assert torch.equal(ours.quantizer.classifier.weight, theirs.teacher_head.weight)
+    assert torch.equal(ours.quantizer.classifier.bias, theirs.teacher_head.bias)
+
+
+def test_a_tokenizer_of_another_kind_is_nothing_to_begin_with():
+    with pytest.raises(ConfigError, match=r"stage\.initial_weights names a tokenizer of another"):
+        begin_with(tokenizer(1), Pitch())
+
+
+def test_only_a_new_run_begins_with_the_initial_weights(teachers, tmp_path):
+    teachers.append(tokenizer(2))
+    module, _, _ = fit(1, tmp_path, initial_weights="pitch")
+    weight, start = (m.lower.layers[0].norm.weight for m in (module.model, teachers[0]))
+    assert 0 < (weight - start).abs().max() < 0.02  # one step away, and no more
+    module.trainer.ckpt_path = "checkpoints/last.ckpt"
+    trained = {name: value.clone() for name, value in module.model.state_dict().items()}
+    module.setup("fit")
+    assert equal(module.model.state_dict(), trained, "lower.")
+
+
+def test_the_masked_prediction_has_a_weight():
+    batch, uniform = tones(5), torch.rand(4, 25, generator=torch.Generator().manual_seed(1))
+    lightning.seed_everything(3, verbose=False)
+    module = TokenizerModule(MODEL, OPTIMIZER, masked_weight=0.25, ctc_weight=0.0).eval()
+    figures = module.losses(batch, uniform)
+    expected = 0.25 * figures["mlm_loss"] + 0.25 * figures["commitment"]
+    assert torch.allclose(figures["loss"], expected)

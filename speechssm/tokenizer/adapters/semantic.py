@@ -6,26 +6,36 @@ Shapes: B batch, S samples, T features, D width.
 import torch
 from torch import Tensor, nn
 
+from speechssm.nn.norms import normalize_over_time
+
 # Of `SemanticTokenizer`: everything above the features, which k-means does without.
 ABOVE = ("quantizer", "upper", "targets", "target_head", "text_head", "teacher_head")
 
 
 class SemanticFeatures(nn.Module):
-    """What the quantiser of a `SemanticTokenizer` sees.
+    """What the quantiser of a `SemanticTokenizer` sees, or what comes above it without quantising.
 
     Args:
         tokenizer: it is taken over: the parts above its features are removed.
+        upper: out of the Conformer above the quantiser, which must then have been trained with
+            rows that pass around it (`bypass_probability`).
+        window_norm: bring each channel to mean 0 and deviation 1 over the window.
     """
 
-    def __init__(self, tokenizer: nn.Module):
+    def __init__(self, tokenizer: nn.Module, upper: bool = False, window_norm: bool = False):
         super().__init__()
+        self.upper, self.window_norm = upper, window_norm
         self.config = {
             "tokenizer": {
                 "_target_": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
                 **tokenizer.config,
-            }
+            },
+            "upper": upper,
+            "window_norm": window_norm,
         }
         for name in ABOVE:
+            if upper and name == "upper":
+                continue
             if getattr(tokenizer, name, None) is not None:
                 setattr(tokenizer, name, None)
         self.tokenizer = tokenizer.eval()
@@ -38,4 +48,9 @@ class SemanticFeatures(nn.Module):
         """Audio float32 [B, S] to float32 [B, S // hop_length, D]."""
         if audio_BS.shape[1] < self.hop_length:
             return audio_BS.new_zeros(len(audio_BS), 0, self.width)
-        return self.tokenizer.hidden(audio_BS).float()
+        features_BTD = self.tokenizer.hidden(audio_BS)
+        if self.upper:
+            features_BTD = self.tokenizer.upper(features_BTD, chunk=self.tokenizer.chunk)
+        if self.window_norm:
+            features_BTD = normalize_over_time(features_BTD)
+        return features_BTD.float()
