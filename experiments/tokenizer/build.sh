@@ -4,7 +4,8 @@
 #   bash experiments/tokenizer/build.sh SOURCE [SOURCE ...] [corpus.KEY=VALUE ...] [KEY=VALUE ...]
 #
 # SOURCE are folders of recordings as data/folder.md describes them; corpus.KEY=VALUE says what is held
-# out of them, options.KEY=VALUE goes to the evaluation, and any other KEY=VALUE to the trainings.
+# out of them, options.KEY=VALUE goes to the evaluation, second.KEY=VALUE to the second trainings, and
+# any other KEY=VALUE to the first.
 # Every line below is a command that you can run by itself. A second run goes on where the first one
 # stopped.
 #
@@ -15,7 +16,7 @@
 #   DEVICE    cpu, or cuda: also of the trainings
 #   DATA      what the cards of the weights say of the recordings; the names of the folders
 #   LICENCE   what they say of the weights' licence
-#   CLUSTERS  of k-means; 500
+#   UNITS     in the vocabularies that are compared; 500
 set -euo pipefail
 
 FOLDER=${FOLDER:-runs/tokenizer}
@@ -25,41 +26,45 @@ DEVICE=${DEVICE:-cpu}
 DATA=${DATA:-}
 LICENCE=${LICENCE:-not stated}
 SEED=${SEED:-1}
-CLUSTERS=${CLUSTERS:-500}
+UNITS=${UNITS:-500}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
 
 say() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
 run() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
 
-# train NAME [KEY=VALUE ...]: a tokenizer, its exported weights, and k-means on its encoder.
+# train NAME EXPERIMENT [KEY=VALUE ...]: a tokenizer.
 train() {
-    local name=$1
-    shift
-    run speechssm train experiment=tokenizer name="tokenizer/$name" run_folder="$FOLDER/$name" \
+    local name=$1 experiment=$2
+    shift 2
+    run speechssm train experiment="$experiment" name="tokenizer/$name" run_folder="$FOLDER/$name" \
         seed="$SEED" trainer="$([ "$DEVICE" = cpu ] && echo cpu || echo gpu)" \
         data.folder="$FOLDER/audio" data.text_model="$FOLDER/sentencepiece/text.model" "$@"
-    run speechssm export model="$FOLDER/$name" out="$WEIGHTS/$name" \
-        data="\"$DATA\"" licence="\"$LICENCE\""
-    kmeans "${name}_500" semantic features.weights="$FOLDER/$name"
 }
 
-# kmeans NAME FEATURES [KEY=VALUE ...]: a baseline of 500 units, fitted on the training speakers.
+# ship NAME: its weights, in half precision.
+ship() {
+    run speechssm export model="$FOLDER/$1" out="$WEIGHTS/$1" dtype=float16 \
+        data="\"$DATA\"" licence="\"$LICENCE\""
+}
+
+# kmeans NAME UNITS FEATURES [KEY=VALUE ...]: k-means, fitted on the training speakers.
 kmeans() {
-    local out="$FOLDER/$1" features=$2
-    shift 2
-    [ -f "$out/model.safetensors" ] && return
-    run speechssm prepare kmeans features="$features" data="$FOLDER/audio" vocab_size="$CLUSTERS" \
+    local out="$FOLDER/$1" size=$2 features=$3
+    shift 3
+    run speechssm prepare kmeans features="$features" data="$FOLDER/audio" vocab_size="$size" \
         device="$DEVICE" out="$out" "$@"
 }
 
 main() {
-    local sources=() options=() training=() measuring=() systems=(log_mel mfcc small small_500) word
+    local sources=() options=() first=() second=() measuring=() word
+    local systems=("$FOLDER"/{log_mel,mfcc,small_2048} "$WEIGHTS"/small)
     for word in "$@"; do
         case $word in
             corpus.*) options+=("$word") ;;
             options.*) measuring+=("$word") ;;
-            *=*) training+=("$word") ;;
+            second.*) second+=("${word#second.}") ;;
+            *=*) first+=("$word") ;;
             *) sources+=("$(realpath "$word")") ;;
         esac
     done
@@ -69,31 +74,44 @@ main() {
     fi
     DATA=${DATA:-$(basename -a "${sources[@]}" | paste -sd,)}
 
-    say "1/6 prepare: cut the recordings into audio shards, and fit a text model on their transcripts"
+    say "1/7 prepare: cut the recordings into audio shards, and fit a text model on their transcripts"
     run speechssm prepare corpus=folder source="[$(IFS=,; echo "${sources[*]}")]" \
         ${options[@]+"${options[@]}"} out="$FOLDER/audio"
     run speechssm prepare sentencepiece data="$FOLDER/audio" out="$FOLDER/sentencepiece"
 
-    say "2/6 baselines: k-means on log-mel spectra and on MFCC"
-    kmeans log_mel log_mel
-    kmeans mfcc mfcc
+    say "2/7 baselines: k-means on log-mel spectra and on MFCC"
+    kmeans log_mel "$UNITS" log_mel
+    kmeans mfcc "$UNITS" mfcc
 
-    say "3/6 small: masked prediction and recognition"
-    train small ${training[@]+"${training[@]}"}
+    say "3/7 small, first training: masked prediction and recognition"
+    train small_first tokenizer ${first[@]+"${first[@]}"}
+    say "4/7 small, second training: its units are clusters of the first one's features"
+    kmeans small_teacher "$UNITS" semantic features.weights="$FOLDER/small_first" \
+        features.upper=true features.window_norm=true max_hours=2.5
+    train small tokenizer_second stage.initial_weights="$FOLDER/small_first" \
+        stage.teacher="$FOLDER/small_teacher" model.vocab_size="$UNITS" ${second[@]+"${second[@]}"}
+    ship small
+    kmeans small_2048 2048 semantic features.weights="$WEIGHTS/small"
 
     if [ -n "$WHISPER" ]; then
-        say "4/6 whisper: k-means on layer 4 of the Whisper encoder"
-        kmeans whisper whisper features.weights="$WHISPER" features.layer=4
-        say "5/6 distilled: the same training, which also predicts those units"
-        train distilled stage.teacher="$FOLDER/whisper" ${training[@]+"${training[@]}"}
-        systems+=(whisper distilled distilled_500)
+        say "5/7 whisper: k-means on layer 4 of the Whisper encoder"
+        kmeans whisper "$UNITS" whisper features.weights="$WHISPER" features.layer=4 max_hours=2.5
+        say "6/7 distilled: the same two trainings, with those units as the teacher's"
+        train distilled_first tokenizer stage.teacher="$FOLDER/whisper" stage.masked_weight=0.2 \
+            model.window_norm=input ${first[@]+"${first[@]}"}
+        train distilled tokenizer_second stage.initial_weights="$FOLDER/distilled_first" \
+            stage.teacher="$FOLDER/whisper" stage.masked_weight=0.1 model.window_norm=both \
+            model.vocab_size="$UNITS" trainer.max_steps=1700 ${second[@]+"${second[@]}"}
+        ship distilled
+        kmeans distilled_2048 2048 semantic features.weights="$WEIGHTS/distilled"
+        systems+=("$FOLDER"/{whisper,distilled_2048} "$WEIGHTS"/distilled)
     else
-        say "4/6, 5/6 left out: they need WHISPER"
+        say "5/7, 6/7 left out: they need WHISPER"
     fi
 
-    say "6/6 compare: all of them on the held-out speakers"
+    say "7/7 compare: all of them on the held-out speakers"
     run speechssm evaluate tokenizer data="$FOLDER/audio" out="$FOLDER/evaluation" \
-        tokenizer="[$(printf "$FOLDER/%s\n" "${systems[@]}" | paste -sd,)]" seed="$SEED" \
+        tokenizer="[$(IFS=,; echo "${systems[*]}")]" seed="$SEED" \
         device="$DEVICE" ${measuring[@]+"${measuring[@]}"}
     say "done: $FOLDER/evaluation/table.md"
 }

@@ -119,6 +119,7 @@ class SemanticTokenizer(nn.Module):
             which has none; or "softmax", the most probable class of a linear classifier, which a
             teacher's units train where there is one (see `SoftmaxQuantizer`).
         finite_scalar_levels: levels of each dimension; their product is V.
+        balance: of "softmax": by how much units that a window has often are held back in it.
         codebook_width: C of the lookup; None looks up the D numbers of the encoder themselves.
             ema_decay, cosine, whiten, dead_code_threshold: see `VectorQuantizer`.
         bypass_probability: share of the rows that pass around the quantiser in training. What is
@@ -156,6 +157,7 @@ class SemanticTokenizer(nn.Module):
         sample_rate: int = 16_000,
         quantization: str = "moving_average",
         finite_scalar_levels: Sequence[int] | None = None,
+        balance: float = 0.0,
         codebook_width: int | None = 16,
         ema_decay: float = 0.99,
         cosine: bool = True,
@@ -220,7 +222,7 @@ class SemanticTokenizer(nn.Module):
                     f"{self.quantizer.codebook_size} units, vocab_size says {vocab_size}"
                 )
         elif quantization == "softmax":
-            self.quantizer = SoftmaxQuantizer(vocab_size, width)
+            self.quantizer = SoftmaxQuantizer(vocab_size, width, balance)
             if teacher_vocab_size not in (0, vocab_size):
                 raise ConfigError(
                     f"tokenizer: quantization=softmax takes the teacher's units for its own; "

@@ -41,7 +41,7 @@ def commands(script: str, words: list[str], folder: Path, **environment: str) ->
                                  "bench", "report"}),
         ("throughput/cpu.sh", [], {}, {"bench"}),
         ("tokenizer/build.sh", [".", "corpus.heldout_sets=[test]", "trainer.max_steps=9",
-          "options.tokenizer.excerpts=2"], {"WHISPER": "weights"},
+          "second.trainer.max_steps=5", "options.tokenizer.excerpts=2"], {"WHISPER": "weights"},
          {"prepare", "train", "export", "evaluate"}),
     ],
 )  # fmt: skip
@@ -60,9 +60,21 @@ def test_the_tokenizers_are_compared_with_and_without_whisper(tmp_path):
         (named,) = [word for word in evaluation if word.startswith("tokenizer=")]
         return [Path(path).name for path in named.removeprefix("tokenizer=").strip("[]").split(",")]
 
-    without = ["log_mel", "mfcc", "small", "small_500"]
+    without = ["log_mel", "mfcc", "small_2048", "small"]
     assert systems() == without
-    assert systems(WHISPER="weights") == [*without, "whisper", "distilled", "distilled_500"]
+    assert systems(WHISPER="weights") == [*without, "whisper", "distilled_2048", "distilled"]
+
+
+def test_options_go_to_the_trainings_that_they_name(tmp_path):
+    words = [str(tmp_path), "trainer.max_steps=9", "second.trainer.max_steps=5"]
+    found = commands("tokenizer/build.sh", words, tmp_path, WHISPER="weights")
+    steps = {}
+    for command in found:
+        name = dict(word.split("=", 1) for word in command if "=" in word).get("name")
+        if name:
+            (*_, last) = [word for word in command if word.startswith("trainer.max_steps=")]
+            steps[name.removeprefix("tokenizer/")] = int(last.split("=")[1])
+    assert steps == {"small_first": 9, "small": 5, "distilled_first": 9, "distilled": 5}
 
 
 def test_a_script_without_sources_says_what_it_wants(tmp_path):

@@ -64,6 +64,44 @@ def test_frames_that_are_not_valid_leave_no_trace(quantizer):
     assert torch.isfinite(nothing)
 
 
+def test_balance_takes_out_which_of_two_kinds_a_speaker_has():
+    """Classes 0 and 1 are kinds of one sound; the row's average says which, its frames what."""
+    generator = torch.Generator().manual_seed(3)
+    within = torch.randn(400, generator=generator)  # how a frame differs from the others
+
+    def units(offset: float, balance: float) -> torch.Tensor:
+        quantizer = SoftmaxQuantizer(codebook_size=2, width=2, balance=balance).eval()
+        with torch.no_grad():
+            quantizer.classifier.weight.copy_(torch.eye(2))
+            quantizer.classifier.bias.zero_()
+        x = torch.stack([within + offset, torch.zeros_like(within)], dim=-1)[None]
+        return quantizer.quantize(x)[0]
+
+    high, low = units(2.0, 0.0), units(-2.0, 0.0)
+    assert (high == 0).float().mean() > 0.95 and (low == 1).float().mean() > 0.95
+    high, low = units(2.0, 1.0), units(-2.0, 1.0)
+    assert (high == low).float().mean() > 0.75
+    assert 0.35 < (high == 0).float().mean() < 0.65
+
+
+def test_balance_is_of_each_row_alone_and_leaves_out_what_is_not_valid():
+    quantizer = SoftmaxQuantizer(codebook_size=6, width=4, balance=0.7).eval()
+    x = torch.randn(2, 30, 4)
+    both = quantizer.quantize(x)
+    assert torch.equal(both[:1], quantizer.quantize(x[:1]))
+    padded = torch.cat([x, 5 * torch.randn(2, 20, 4)], dim=1)
+    valid = torch.arange(50).expand(2, -1) < 30
+    assert torch.equal(quantizer(padded, valid)[1][:, :30], both)
+    assert not torch.equal(quantizer.quantize(padded)[:, :30], both)
+
+
+def test_training_reads_plain_units(quantizer):
+    quantizer.balance = 1.0
+    x = torch.randn(2, 30, 4)
+    assert torch.equal(quantizer(x)[1], quantizer.logits(x).argmax(-1))
+    assert not torch.equal(quantizer.eval()(x)[1], quantizer.logits(x).argmax(-1))
+
+
 def test_a_step_runs_with_shapes_alone():
     with torch.device("meta"):
         quantizer = SoftmaxQuantizer(codebook_size=6, width=4)
@@ -71,6 +109,8 @@ def test_a_step_runs_with_shapes_alone():
     assert quantized.shape == (2, 5, 4) and indices.shape == (2, 5) and loss.shape == ()
 
 
-def test_one_class_is_refused():
+def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="at least two units"):
         SoftmaxQuantizer(1, 4)
+    with pytest.raises(ConfigError, match=r"balance is from 0 to 1, not 1\.5"):
+        SoftmaxQuantizer(6, 4, balance=1.5)

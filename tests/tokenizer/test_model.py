@@ -197,7 +197,7 @@ def test_augmentation_changes_what_is_seen_and_not_the_targets():
         {"quantization": "gradient"},
         {"quantization": "moving_average", "codebook_width": None, "whiten": False},
         {"quantization": "finite_scalar", "finite_scalar_levels": [4, 8]},
-        {"quantization": "softmax"},
+        {"quantization": "softmax", "balance": 0.75},
     ],
 )
 def test_other_quantisers_train_and_tokenize(options):
