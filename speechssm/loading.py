@@ -479,10 +479,12 @@ def card(
         f"- Data: {data or 'not stated'}",
         f"- Licence of the weights: {licence or 'not stated'}",
         "- Figures: " + ("; ".join(figures) or "none beside the checkpoint"),
-        "- Limits: a model knows the language, voices and recording conditions of its data only, "
-        "and says things that are not true.",
-        "- A prompt of 3 s imitates a voice. Whoever uses it needs that person's consent, and "
-        "should say that the speech is synthetic.",
-        "",
+        "- Limits: a model knows the language, voices and recording conditions of its data only"
+        + ("; it says things that are not true." if saved.stage == "lm" else "."),
     ]
-    return "\n".join(lines)
+    if saved.stage in ("lm", "soundstorm"):
+        lines.append(
+            "- A prompt of 3 s imitates a voice. Whoever uses it needs that person's consent, and "
+            "should say that the speech is synthetic."
+        )
+    return "\n".join([*lines, ""])
