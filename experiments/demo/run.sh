@@ -5,6 +5,8 @@
 set -euo pipefail
 
 FOLDER=${FOLDER:-runs/demo}
+# What the later stages work with: a NAME in data/weights/tokenizer, or "$FOLDER/tokenizer".
+TOKENIZER=${TOKENIZER:-distilled}
 SEED=${SEED:-1}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
@@ -17,12 +19,13 @@ main() {
     run speechssm prepare corpus=sample out="$FOLDER/audio"
     run speechssm prepare sentencepiece data="$FOLDER/audio" out="$FOLDER/sentencepiece"
 
-    say "2/10 tokenizer: learn 25 units per second that keep what is said (masked prediction + recognition)"
+    say "2/10 tokenizer: learn 25 units per second that keep what is said (masked prediction + recognition)
+         (a minute is too short for units that carry words: what follows uses the shipped $TOKENIZER)"
     run speechssm train stage=tokenizer name=demo/tokenizer run_folder="$FOLDER/tokenizer" seed="$SEED" \
         data.folder="$FOLDER/audio" data.text_model="$FOLDER/sentencepiece/text.model"
 
     say "3/10 tokenize: turn every recording into units, in 30 s windows that overlap by 4 s"
-    run speechssm tokenize data="$FOLDER/audio" tokenizer="$FOLDER/tokenizer" out="$FOLDER/units"
+    run speechssm tokenize data="$FOLDER/audio" tokenizer="$TOKENIZER" out="$FOLDER/units" workers=2
 
     say "4/10 codec: learn to write 16 kHz sound as 50 code frames a second, and to play them back"
     run speechssm train stage=soundstream name=demo/soundstream run_folder="$FOLDER/soundstream" \
@@ -40,7 +43,7 @@ main() {
     say "7/10 sweep: the paper's question in miniature, one language model for 30 s, 4 min and 16 min"
     run speechssm train -m experiment=sequence_length sweep_folder="$FOLDER/sequence_length" \
         seed="$SEED" data.folder="$FOLDER/units" \
-        callbacks.audio_samples.tokenizer="$FOLDER/tokenizer" \
+        callbacks.audio_samples.tokenizer="$TOKENIZER" \
         callbacks.audio_samples.soundstorm="$FOLDER/soundstorm" \
         callbacks.audio_samples.codec="$FOLDER/soundstream"
 
@@ -49,20 +52,20 @@ main() {
 *s.read('data/sample/heldout/2078-142845.opus', frames=160000))"
     run speechssm generate prompt="$FOLDER/prompt.wav" seconds=120 seed="$SEED" \
         out="$FOLDER/continuation.wav" \
-        tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
+        tokenizer="$TOKENIZER" lm="$FOLDER/sequence_length/16min" \
         soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream"
 
     say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
-    run speechssm evaluate tokenizer data="$FOLDER/audio" tokenizer="$FOLDER/tokenizer" \
-        out="$FOLDER/evaluation/tokenizer" options.tokenizer.max_hours=0.5 \
-        options.tokenizer.measures=[units,phones,speakers]
+    run speechssm evaluate tokenizer data="$FOLDER/audio" \
+        tokenizer="[$FOLDER/tokenizer,small,distilled]" out="$FOLDER/evaluation/tokenizer" \
+        options.tokenizer.max_hours=0.5 options.tokenizer.measures=[units,phones,speakers]
     run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
         out="$FOLDER/evaluation/codec"
     run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$FOLDER/soundstorm" \
         out="$FOLDER/evaluation/acoustic"
     run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
         out="$FOLDER/evaluation/likelihood"
-    run speechssm bench pipeline tokenizer="$FOLDER/tokenizer" lm="$FOLDER/sequence_length/16min" \
+    run speechssm bench pipeline tokenizer="$TOKENIZER" lm="$FOLDER/sequence_length/16min" \
         soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream" out="$FOLDER/bench/pipeline"
 
     say "10/10 report: one page with the table, the curves and the sound"
