@@ -88,7 +88,7 @@ main() {
     say "4/7 small, second training: its units are clusters of the first one's features"
     kmeans small_teacher "$UNITS" semantic features.weights="$FOLDER/small_first" \
         features.upper=true features.window_norm=true max_hours=2.5
-    train small tokenizer_second stage.initial_weights="$FOLDER/small_first" \
+    train small tokenizer/second stage.initial_weights="$FOLDER/small_first" \
         stage.teacher="$FOLDER/small_teacher" model.vocab_size="$UNITS" ${second[@]+"${second[@]}"}
     ship small
     kmeans small_2048 2048 semantic features.weights="$WEIGHTS/small"
@@ -99,7 +99,7 @@ main() {
         say "6/7 distilled: the same two trainings, with those units as the teacher's"
         train distilled_first tokenizer stage.teacher="$FOLDER/whisper" stage.masked_weight=0.2 \
             model.window_norm=input ${first[@]+"${first[@]}"}
-        train distilled tokenizer_second stage.initial_weights="$FOLDER/distilled_first" \
+        train distilled tokenizer/second stage.initial_weights="$FOLDER/distilled_first" \
             stage.teacher="$FOLDER/whisper" stage.masked_weight=0.1 model.window_norm=both \
             model.vocab_size="$UNITS" trainer.max_steps=1700 ${second[@]+"${second[@]}"}
         ship distilled
