@@ -91,7 +91,7 @@ main() {
     train small tokenizer/second stage.initial_weights="$FOLDER/small_first" \
         stage.teacher="$FOLDER/small_teacher" model.vocab_size="$UNITS" ${second[@]+"${second[@]}"}
     ship small
-    kmeans small_2048 2048 semantic features.weights="$WEIGHTS/small"
+    kmeans small_2048 2048 semantic features.weights="$WEIGHTS/small" pool_size=100000
 
     if [ -n "$WHISPER" ]; then
         say "5/7 whisper: k-means on layer 4 of the Whisper encoder"
@@ -103,7 +103,8 @@ main() {
             stage.teacher="$FOLDER/whisper" stage.masked_weight=0.1 model.window_norm=both \
             model.vocab_size="$UNITS" trainer.max_steps=1700 ${second[@]+"${second[@]}"}
         ship distilled
-        kmeans distilled_2048 2048 semantic features.weights="$WEIGHTS/distilled"
+        kmeans distilled_2048 2048 semantic features.weights="$WEIGHTS/distilled" \
+            pool_size=100000
         systems+=("$FOLDER"/{whisper,distilled_2048} "$WEIGHTS"/distilled)
     else
         say "5/7, 6/7 left out: they need WHISPER"

@@ -1,0 +1,73 @@
+"""The weights that the repository ships: what is there, that it loads, and what it can do."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+import torch
+
+from speechssm import load
+from speechssm.evaluation.tokenizer.edit_distance import edit_distance
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "data" / "weights"
+TOKENIZERS = ("small", "distilled")
+
+
+@pytest.fixture(scope="module")
+def speech() -> np.ndarray:
+    """30 s of a reader that no shipped tokenizer was trained on, 16 kHz."""
+    audio, rate = soundfile.read(
+        ROOT / "data/sample/heldout/2078-142845.opus", frames=30 * 16_000, dtype="float32"
+    )
+    assert rate == 16_000
+    return audio
+
+
+def test_tokenizers_take_thirty_megabytes_at_most():
+    folders = [path for path in (WEIGHTS / "tokenizer").iterdir() if path.is_dir()]
+    assert sorted(path.name for path in folders) == sorted(TOKENIZERS)
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 30e6
+    for folder in folders:
+        card = (folder / "CARD.md").read_text()
+        assert "Data: 5.55 h" in card and "Licence of the weights: Apache-2.0" in card
+        assert json.loads((folder / "config.json").read_text())["details"]["run"] is not None
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_shipped_tokenizer_is_named_by_its_name(name, speech):
+    tokenizer = load("tokenizer", name)
+    assert (tokenizer.vocab_size, tokenizer.rate) == (500, 25.0)
+    units = tokenizer.encode(speech, 16_000)
+    assert len(units) == 750
+    _, counts = np.unique(units, return_counts=True)
+    share = counts / counts.sum()
+    assert np.exp(-(share * np.log(share)).sum()) > 100  # perplexity of 30 s of one reader
+    louder = tokenizer.encode(0.3 * speech, 16_000)
+    assert (louder == units).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_recognition_head_spells_some_of_what_a_new_speaker_says(name):
+    """From five hours not well: far nearer to this sentence than to the next one."""
+    folder = ROOT / "data" / "sample"
+    with (folder / "manifest.tsv").open() as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["split"] == "heldout"]
+    said, other = rows[:2]
+    audio, _ = soundfile.read(
+        folder / said["file"], frames=round(float(said["seconds"]) * 16_000), dtype="float32"
+    )
+    heard_TW = load("tokenizer", name).model.text_log_probabilities(torch.from_numpy(audio)[None])[
+        0
+    ]
+    best = torch.unique_consecutive(heard_TW.argmax(dim=-1))
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(WEIGHTS / "tokenizer" / name / "text.model")
+    )
+    spelled = pieces.decode([int(index) - 1 for index in best if index > 0]).upper()
+    right, wrong = (edit_distance(spelled, row["text"]) / len(row["text"]) for row in (said, other))
+    assert right < 0.6 and right < wrong - 0.15, spelled
