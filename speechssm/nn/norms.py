@@ -23,6 +23,13 @@ class RMSNorm(nn.Module):
         return normed_BTD.to(x_BTD.dtype)
 
 
+def frame_weights(x_BTD: torch.Tensor, valid_BT: torch.Tensor | None) -> torch.Tensor:
+    """1.0 at valid frames and 0.0 at others, float32 [B, T, 1]; None: all of them are valid."""
+    if valid_BT is None:
+        return torch.ones_like(x_BTD[..., :1], dtype=torch.float32)
+    return valid_BT.unsqueeze(-1).float()
+
+
 def normalize_over_time(x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
     """Each channel of each row to mean 0 and deviation 1 over its valid frames; others become 0.
 
@@ -35,10 +42,7 @@ def normalize_over_time(x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = Non
 
     Source: Chou et al. 2019, where it takes the speaker out of content.
     """
-    if valid_BT is None:
-        weight_BT1 = torch.ones_like(x_BTD[..., :1], dtype=torch.float32)
-    else:
-        weight_BT1 = valid_BT.unsqueeze(-1).float()
+    weight_BT1 = frame_weights(x_BTD, valid_BT)
     count_B11 = weight_BT1.sum(dim=1, keepdim=True).clamp(min=1.0)
     x_float_BTD = x_BTD.float()
     mean_B1D = (x_float_BTD * weight_BT1).sum(dim=1, keepdim=True) / count_B11

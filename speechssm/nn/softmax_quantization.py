@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from speechssm.errors import ConfigError
+from speechssm.nn.norms import frame_weights
 from speechssm.nn.vector_quantization import sum_over_ranks
 
 # Added to the average probability: a class that a row hardly has is not raised without bound.
@@ -75,11 +76,7 @@ class SoftmaxQuantizer(nn.Module):
         code_BTD = self.lookup(indices_BT)
         expected_BTD = probability_BTV.to(code_BTD.dtype) @ self.codebook_VD.detach()
         quantized_BTD = code_BTD + (expected_BTD - expected_BTD.detach())
-        weight_BT1 = (
-            torch.ones_like(probability_BTV[..., :1])
-            if valid_BT is None
-            else valid_BT.unsqueeze(-1).float()
-        )
+        weight_BT1 = frame_weights(x_BTD, valid_BT)
         use_V = (probability_BTV * weight_BT1).sum(dim=(0, 1))
         # The sum over ranks is a constant here: each rank's gradient is of its own share.
         use_V = use_V + (sum_over_ranks(use_V.detach().clone()) - use_V.detach())
@@ -98,11 +95,7 @@ class SoftmaxQuantizer(nn.Module):
         if self.training or not self.balance:
             return logits_BTV.argmax(dim=-1)
         probability_BTV = logits_BTV.softmax(dim=-1)
-        weight_BT1 = (
-            torch.ones_like(logits_BTV[..., :1])
-            if valid_BT is None
-            else valid_BT.unsqueeze(-1).float()
-        )
+        weight_BT1 = frame_weights(logits_BTV, valid_BT)
         count_B11 = weight_BT1.sum(dim=1, keepdim=True).clamp(min=1.0)
         share_B1V = (probability_BTV * weight_BT1).sum(dim=1, keepdim=True) / count_B11
         return (logits_BTV - self.balance * (share_B1V + LEAST_SHARE).log()).argmax(dim=-1)
