@@ -160,4 +160,4 @@ def entropy(counts: np.ndarray) -> float:
     """Entropy in nats of the distribution given by counts [V] (plug-in estimate, biased low)."""
     counts = np.asarray(counts, dtype=np.float64)
     probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
+    return max(0.0, float(-(probabilities * np.log(probabilities)).sum()))  # and never -0.0

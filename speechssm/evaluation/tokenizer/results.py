@@ -18,11 +18,15 @@ from speechssm.report.rows import Comparison, Row
 from speechssm.report.style import save_figure
 from speechssm.report.tables import Table
 
-LEAST_PERPLEXITY = 64.0
 LOG_MEL = "log-mel statistics"
 CHANCE = "chance"
 # By seconds of the pieces.
 SPEAKER_ROWS = {10.0: "speaker_accuracy", 3.0: "speaker_accuracy_3s"}
+
+
+def least_perplexity(vocab_size: int) -> float:
+    """Below this a tokenizer counts as collapsed: 64, or a quarter of a small vocabulary."""
+    return min(64.0, vocab_size / 4)
 
 
 @dataclass(frozen=True)
@@ -283,9 +287,10 @@ def comparisons(sheet: Sheet, findings: Findings) -> list[Comparison]:
     for system in findings.systems:
         name = system.candidate.name
         if system.units is not None:
+            least = least_perplexity(system.candidate.tokenizer.vocab_size)
             compare(
-                "unit_perplexity", name, f"no collapse (at least {LEAST_PERPLEXITY:.0f})",
-                system.units.perplexity.value, LEAST_PERPLEXITY, "units", True,
+                "unit_perplexity", name, f"no collapse (at least {least:g})",
+                system.units.perplexity.value, least, "units", True,
             )  # fmt: skip
         if system.candidate.masked_prediction is not None:
             loss, unigram = system.candidate.masked_prediction
