@@ -57,7 +57,7 @@ def load_semantic(
     upper: bool = False,
     window_norm: bool = False,
 ) -> SemanticFeatures:
-    """Features of a tokenizer trained by this project, below its quantiser.
+    """Features of a tokenizer trained by this project, below its quantiser or above it.
 
     Args:
         weights, checkpoint: as `name_or_path` and `checkpoint` of `speechssm.loading.load`.

@@ -120,6 +120,10 @@ def checked_windows(windows: Mapping[str, Any]) -> dict[str, Any]:
         "drop_last_seconds": (int, float),
         "batch_windows": int,
     }
+    if not isinstance(windows, Mapping):
+        raise ConfigError(
+            f"windows={windows} must be options and their values, as in {{'padding': 'silence'}}"
+        )
     for name, value in windows.items():
         if name not in known:
             raise ConfigError(f"windows.{name} is unknown; there are: {', '.join(known)}")
@@ -164,6 +168,8 @@ def find(stage: str | None, name_or_path: str | Path, checkpoint: str = "best-or
         raise CheckpointError(
             f"checkpoint={checkpoint} is unknown; choose one of: {', '.join(CHECKPOINTS)}"
         )
+    if not isinstance(name_or_path, str | Path):
+        raise CheckpointError(f"one {stage or 'run'} is wanted, not {name_or_path}")
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
@@ -478,7 +484,7 @@ def card(
         "",
         f"- Data: {data or 'not stated'}",
         f"- Licence of the weights: {licence or 'not stated'}",
-        "- Figures: " + ("; ".join(figures) or "none beside the checkpoint"),
+        "- Figures at the end of training: " + ("; ".join(figures) or "none beside the checkpoint"),
         "- Limits: a model knows the language, voices and recording conditions of its data only"
         + ("; it says things that are not true." if saved.stage == "lm" else "."),
     ]

@@ -160,6 +160,7 @@ def test_our_own_encoder_without_what_lies_above(audio_shards, tmp_path) -> None
 
     sizes = {"vocab_size": 16, "width": 16, "num_heads": 2, "ffn_width": 32, "lower_layers": 1}
     sizes |= {"upper_layers": 1, "num_mels": 20, "codebook_width": 4, "text_vocab_size": 5}
+    sizes |= {"bypass_probability": 0.5}
     torch.manual_seed(0)
     model = SemanticTokenizer(**sizes, target_codebook_size=32).eval()
     config = {"_target_": "speechssm.tokenizer.model.SemanticTokenizer", **model.config}
@@ -181,6 +182,15 @@ def test_our_own_encoder_without_what_lies_above(audio_shards, tmp_path) -> None
         tokenizer.model.features(audio_BS), normalize_over_time(above_BTD.detach())
     )
     assert not any("head" in name or "quantizer" in name for name in tokenizer.model.state_dict())
+
+
+def test_features_above_a_quantiser_that_no_row_has_passed_by_are_refused() -> None:
+    from speechssm.tokenizer.adapters import SemanticFeatures
+    from speechssm.tokenizer.model import SemanticTokenizer
+
+    model = SemanticTokenizer(vocab_size=16, width=16, num_heads=2, ffn_width=32, lower_layers=1)
+    with pytest.raises(ConfigError, match=r"model\.bypass_probability > 0"):
+        SemanticFeatures(model, upper=True)
 
 
 def test_features_of_a_tokenizer_that_has_none_are_refused(audio_shards, tmp_path, capsys) -> None:

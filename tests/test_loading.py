@@ -121,6 +121,11 @@ def test_half_precision_halves_the_file_and_rounds_the_parameters(
         export(run, tmp_path / "other", dtype="int8")
 
 
+def test_a_list_where_one_run_is_wanted_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"one tokenizer is wanted, not \['a', 'b'\]"):
+        load("tokenizer", ["a", "b"])
+
+
 def test_a_missing_run_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere: no such file, run folder or weights"):
         load("lm", tmp_path / "nowhere")

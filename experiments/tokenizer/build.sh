@@ -10,7 +10,7 @@
 # stopped.
 #
 #   FOLDER    where everything is written; runs/tokenizer
-#   WEIGHTS   where exported weights go; data/weights/tokenizer of this checkout
+#   WEIGHTS   where exported weights go; FOLDER/weights
 #   WHISPER   weights of the Whisper base encoder: without them neither it nor what is distilled from
 #             it is made
 #   DEVICE    cpu, or cuda: also of the trainings
@@ -20,7 +20,7 @@
 set -euo pipefail
 
 FOLDER=${FOLDER:-runs/tokenizer}
-WEIGHTS=${WEIGHTS:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/data/weights/tokenizer}
+WEIGHTS=${WEIGHTS:-$FOLDER/weights}
 WHISPER=${WHISPER:-}
 DEVICE=${DEVICE:-cpu}
 DATA=${DATA:-}
@@ -42,10 +42,10 @@ train() {
         data.folder="$FOLDER/audio" data.text_model="$FOLDER/sentencepiece/text.model" "$@"
 }
 
-# ship NAME: its weights, in half precision.
+# ship NAME NOTE: its weights, in half precision; the note ends the card's line on the data.
 ship() {
     run speechssm export model="$FOLDER/$1" out="$WEIGHTS/$1" dtype=float16 \
-        data="\"$DATA\"" licence="\"$LICENCE\""
+        data="\"$DATA$2\"" licence="\"$LICENCE\""
 }
 
 # kmeans NAME UNITS FEATURES [KEY=VALUE ...]: k-means, fitted on the training speakers.
@@ -90,7 +90,7 @@ main() {
         features.upper=true features.window_norm=true max_hours=2.5
     train small tokenizer/second stage.initial_weights="$FOLDER/small_first" \
         stage.teacher="$FOLDER/small_teacher" model.vocab_size="$UNITS" ${second[@]+"${second[@]}"}
-    ship small
+    ship small ""
     kmeans small_2048 2048 semantic features.weights="$WEIGHTS/small" pool_size=100000
 
     if [ -n "$WHISPER" ]; then
@@ -102,7 +102,7 @@ main() {
         train distilled tokenizer/second stage.initial_weights="$FOLDER/distilled_first" \
             stage.teacher="$FOLDER/whisper" stage.masked_weight=0.1 model.window_norm=both \
             model.vocab_size="$UNITS" trainer.max_steps=1700 ${second[@]+"${second[@]}"}
-        ship distilled
+        ship distilled "; teacher: $UNITS k-means units of Whisper base, layer 4 (MIT)"
         kmeans distilled_2048 2048 semantic features.weights="$WEIGHTS/distilled" \
             pool_size=100000
         systems+=("$FOLDER"/{whisper,distilled_2048} "$WEIGHTS"/distilled)

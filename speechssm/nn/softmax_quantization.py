@@ -13,7 +13,7 @@ the row's own prior, towards none instead of towards another.
 Sources: Baevski et al. 2020a (vq-wav2vec: codes by softmax, straight-through gradient), 2020b
 (wav2vec 2.0: loss on the entropy of average use), here without Gumbel noise.
 
-Shapes: B batch, T time, N = B * T vectors, D model width, V codebook size.
+Shapes: B batch, T time, D model width, V codebook size.
 """
 
 import math
@@ -80,7 +80,6 @@ class SoftmaxQuantizer(nn.Module):
         use_V = (probability_BTV * weight_BT1).sum(dim=(0, 1))
         # The sum over ranks is a constant here: each rank's gradient is of its own share.
         use_V = use_V + (sum_over_ranks(use_V.detach().clone()) - use_V.detach())
-        use_V = use_V / weight_BT1.sum().clamp(min=1.0)
         use_V = use_V / use_V.detach().sum().clamp(min=1e-9)
         loss = math.log(self.codebook_size) + torch.xlogy(use_V, use_V).sum()
         return quantized_BTD.to(x_BTD.dtype), indices_BT, loss

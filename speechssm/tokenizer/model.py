@@ -135,8 +135,8 @@ class SemanticTokenizer(nn.Module):
             that what does not change in it, a voice above all, is hard to read off: "input" of the
             Conformer, "output" (what the quantiser sees), "both" or "none".
         text_vocab_size: pieces of the sentencepiece model, without the blank; 0 for no CTC head.
-        teacher_vocab_size: H, another tokenizer's units that a head below the quantiser predicts;
-            0 for none.
+        teacher_vocab_size: H, another tokenizer's units that a head below the quantiser, or the
+            classifier of a softmax quantiser, predicts; 0 for none.
 
     Raises:
         ConfigError: values that do not go together.

@@ -30,20 +30,24 @@ class TokenizerModule(lightning.LightningModule):
     Args:
         model: `_target_` and arguments of a `SemanticTokenizer`.
         optimizer: see `build_optimizer`.
-        masked_weight, ctc_weight, commitment_weight: of those losses.
+        masked_weight, ctc_weight, commitment_weight: of those losses. Of a softmax quantiser the
+            commitment is by how much the entropy of average use falls short of its most.
         unmasked_weight: of predicting the targets at frames that are not masked, as HuBERT may.
             There the units have to carry what the frame itself holds, which teaches them faster.
         teacher: another tokenizer, by what `speechssm.loading.load` takes, whose units a head below
-            the quantiser predicts at every frame, as HuBERT does those of k-means; None for no
-            distillation. The teacher is not saved with the run.
+            the quantiser, or the classifier of a softmax quantiser, predicts at every frame, as
+            HuBERT does those of k-means; None for no distillation. The teacher is not saved with
+            the run.
         teacher_weight: of that cross entropy.
         initial_weights: another tokenizer, named as the teacher is, that a new run begins with:
-            every tensor that has the same name and shape in both. A codebook of another size, or
-            heads that one of them lacks, begin anew.
+            every tensor that has the same name and shape in both (see `begin_with`). A codebook of
+            another size, or heads that one of them lacks, begin anew.
         seed: of the masks in validation, which are the same every time.
 
     Raises:
-        ConfigError: the teacher's rate is not the tokenizer's.
+        ConfigError: the teacher's rate is not the tokenizer's; a softmax quantiser without a
+            teacher and without commitment; at the beginning of training,
+            initial weights of another kind or size.
     """
 
     def __init__(
@@ -69,6 +73,11 @@ class TokenizerModule(lightning.LightningModule):
         self.model = hydra.utils.instantiate(model)
         if self.teacher is not None:
             check_teacher(self.teacher, self.model)
+        elif model.get("quantization") == "softmax" and not commitment_weight:
+            raise ConfigError(
+                "a softmax quantiser without stage.teacher has nothing that keeps its units in "
+                "use: name a teacher, or set stage.commitment_weight above 0"
+            )
         self.teacher_weight = teacher_weight
         self.masked_weight = masked_weight
         self.ctc_weight = ctc_weight
@@ -81,6 +90,7 @@ class TokenizerModule(lightning.LightningModule):
         self.register_buffer("target_counts_QK", target_counts_QK, persistent=False)
 
     def setup(self, stage: str) -> None:
+        """A new run takes over its initial weights; one that is resumed has its own."""
         if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
             begin_with(self.model, load_other(self.hparams.initial_weights))
 
@@ -121,7 +131,9 @@ class TokenizerModule(lightning.LightningModule):
             )
             loss = loss + self.ctc_weight * figures["ctc_loss"]
         if self.teacher is not None:
-            teacher_BT = self.teacher.tokenize(batch["audio"])
+            # As windowed tokenizing fills a window: the teacher takes a row for audio throughout.
+            audio_BS = repeat_to_the_end(batch["audio"], batch["audio_length"])
+            teacher_BT = self.teacher.tokenize(audio_BS)
             loss_BT, correct_BT = prediction_loss(
                 output.teacher_logits_BTH[:, :, None], teacher_BT[:, :, None]
             )
@@ -192,6 +204,12 @@ class TokenizerModule(lightning.LightningModule):
         }
 
 
+def repeat_to_the_end(audio_BS: Tensor, length_B: Tensor) -> Tensor:
+    """Rows that go on from their beginning where their audio ends; empty ones stay as they are."""
+    place_S = torch.arange(audio_BS.shape[1], device=audio_BS.device)
+    return audio_BS.gather(1, place_S % length_B.clamp(min=1)[:, None])
+
+
 def load_other(name_or_path: str) -> nn.Module:
     """The network of another tokenizer; how it is found is none of this room's business."""
     source = {"_target_": "speechssm.loading.load_network", "stage": "tokenizer"}
@@ -202,13 +220,15 @@ def load_other(name_or_path: str) -> nn.Module:
 def begin_with(model: nn.Module, other: nn.Module) -> None:
     """Copy every tensor that both have, by name and shape; one line says what began anew.
 
-    A codebook is taken over whole or not at all: its averages belong to its codes.
+    A codebook is taken over whole or not at all: its averages belong to its codes. The classifier
+    of a softmax quantiser goes on from the other's teacher head, where that has as many units: let
+    both have the same teacher. The frozen targets stay those of the model's own seed.
 
     Raises:
-        ConfigError: they share nothing.
+        ConfigError: the encoders are not of the same kind and size.
     """
     ours, theirs = model.state_dict(), other.state_dict()
-    if hasattr(model.quantizer, "classifier"):  # it goes on from a head for the same units
+    if hasattr(model.quantizer, "classifier"):
         for kind in ("weight", "bias"):
             if f"teacher_head.{kind}" in theirs:
                 theirs[f"quantizer.classifier.{kind}"] = theirs[f"teacher_head.{kind}"]
@@ -216,13 +236,18 @@ def begin_with(model: nn.Module, other: nn.Module) -> None:
     codes = {name for name in ours if name.startswith("quantizer.") and "classifier" not in name}
     if not codes <= same:
         same -= codes
-    if not same:
+    same -= {name for name in ours if name.startswith("targets.")}
+    encoder = {name for name in ours if name.startswith(("subsampling.", "lower."))}
+    if not encoder <= same:
         raise ConfigError("stage.initial_weights names a tokenizer of another kind or size")
     for name in same:
         ours[name].copy_(theirs[name])
-    anew = sorted({name.rsplit(".", 1)[0] for name in ours.keys() - same})
+    anew = {name.rsplit(".", 1)[0] for name in ours.keys() - same}
+    anew = sorted(name for name in anew if not name.startswith("targets"))
     if anew:
         log.info("stage.initial_weights: begun anew: %s", ", ".join(anew))
+    if "quantizer.classifier.weight" in same:
+        log.info("stage.initial_weights: the classifier goes on; it must be of the same teacher")
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module) -> None:

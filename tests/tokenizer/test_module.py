@@ -250,16 +250,49 @@ def test_a_softmax_quantiser_goes_on_from_the_teachers_head():
     assert torch.equal(ours.quantizer.classifier.bias, theirs.teacher_head.bias)
 
 
-def test_a_tokenizer_of_another_kind_is_nothing_to_begin_with():
+def test_a_softmax_quantiser_that_nothing_teaches_is_refused():
+    model = {**MODEL, "quantization": "softmax"}
+    with pytest.raises(ConfigError, match=r"name a teacher, or set stage\.commitment_weight"):
+        TokenizerModule(model, OPTIMIZER, commitment_weight=0.0)
+    TokenizerModule(model, OPTIMIZER, commitment_weight=0.1)
+
+
+@pytest.mark.parametrize("other", [Pitch(), tokenizer(2, width=32)], ids=["kind", "size"])
+def test_a_tokenizer_of_another_kind_or_size_is_nothing_to_begin_with(other):
     with pytest.raises(ConfigError, match=r"stage\.initial_weights names a tokenizer of another"):
-        begin_with(tokenizer(1), Pitch())
+        begin_with(tokenizer(1), other)
+
+
+def test_the_targets_stay_those_of_the_models_own_seed():
+    ours, theirs = tokenizer(1, target_seed=5), tokenizer(2)
+    begin_with(ours, theirs)
+    assert equal(ours.state_dict(), tokenizer(3, target_seed=5).state_dict(), "targets.")
+
+
+def test_a_teacher_takes_no_padding_for_silence(teachers, monkeypatch):
+    pitch = Pitch()
+    teachers.append(pitch)
+    seen = []
+    tokenize = pitch.tokenize
+    monkeypatch.setattr(pitch, "tokenize", lambda audio: (seen.append(audio), tokenize(audio))[1])
+    module = TokenizerModule(MODEL, OPTIMIZER, teacher="pitch").eval()
+    batch = tones(5)
+    batch["audio"][-1, 11_000:] = 0.0
+    module.losses(batch, torch.ones(4, 25))
+    (audio,) = seen
+    assert torch.equal(audio[:-1], batch["audio"][:-1])
+    assert torch.equal(audio[-1, 11_000:], batch["audio"][-1, :5_000])
 
 
 def test_only_a_new_run_begins_with_the_initial_weights(teachers, tmp_path):
     teachers.append(tokenizer(2))
     module, _, _ = fit(1, tmp_path, initial_weights="pitch")
-    weight, start = (m.lower.layers[0].norm.weight for m in (module.model, teachers[0]))
+    weight, start, other = (
+        model.lower.layers[0].attention.output.weight
+        for model in (module.model, teachers[0], tokenizer(3))
+    )
     assert 0 < (weight - start).abs().max() < 0.02  # one step away, and no more
+    assert (other - start).abs().max() > 0.1  # which chance is not
     module.trainer.ckpt_path = "checkpoints/last.ckpt"
     trained = {name: value.clone() for name, value in module.model.state_dict().items()}
     module.setup("fit")

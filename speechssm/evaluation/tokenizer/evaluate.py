@@ -84,6 +84,8 @@ def evaluate_tokenizer(
         ConfigError: nothing to measure, or unknown measures.
     """
     candidates = list(candidates)
+    if isinstance(measures, str):
+        measures = [measures]
     wanted = tuple(measures) if measures is not None else MEASURES
     _check(candidates, wanted, aligner)
     findings = Findings([])

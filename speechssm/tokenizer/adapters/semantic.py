@@ -1,4 +1,4 @@
-"""Features of our own tokenizer's encoder, for k-means in place of its learned codebook.
+"""Features of our own tokenizer, below or above its quantiser, for k-means in its place.
 
 Shapes: B batch, S samples, T features, D width.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, S samples, T features, D width.
 import torch
 from torch import Tensor, nn
 
+from speechssm.errors import ConfigError
 from speechssm.nn.norms import normalize_over_time
 
 # Of `SemanticTokenizer`: everything above the features, which k-means does without.
@@ -20,10 +21,18 @@ class SemanticFeatures(nn.Module):
         upper: out of the Conformer above the quantiser, which must then have been trained with
             rows that pass around it (`bypass_probability`).
         window_norm: bring each channel to mean 0 and deviation 1 over the window.
+
+    Raises:
+        ConfigError: `upper` of a tokenizer whose upper blocks have only ever seen codes.
     """
 
     def __init__(self, tokenizer: nn.Module, upper: bool = False, window_norm: bool = False):
         super().__init__()
+        if upper and not tokenizer.config.get("bypass_probability"):
+            raise ConfigError(
+                "features.upper=true needs a tokenizer trained with model.bypass_probability > 0: "
+                "above the quantiser this one knows nothing but codes"
+            )
         self.upper, self.window_norm = upper, window_norm
         self.config = {
             "tokenizer": {
