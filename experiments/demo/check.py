@@ -1,8 +1,8 @@
 """Do the demo's results hold? `python experiments/demo/check.py runs/demo/metrics.json`
 
 Prints one line for each claim and exits with 1 when one does not hold. The claims: every stage, and
-each shipped tokenizer, beats its trivial baseline on held-out recordings, the units have not collapsed, and memory does not
-grow with what is generated.
+each shipped tokenizer, beats its trivial baseline on held-out recordings, the units have not
+collapsed, and memory does not grow with what is generated.
 """
 
 import json
