@@ -287,6 +287,7 @@ def card(tokenizer: nn.Module, name: str, facts: list[str]) -> str:
         "",
         "```python",
         "from speechssm import load",
+        "",
         'tokenizer = load("tokenizer", "THIS FOLDER")',
         "```",
         "",

@@ -390,7 +390,7 @@ def export(
             model, out, origin={"version": __version__, "details": saved.details}
         )
         use = (
-            "from transformers import AutoModelForCausalLM\n"
+            "from transformers import AutoModelForCausalLM\n\n"
             'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")\n'
             f"# units are 0 ... {model.vocab_size - 1}; {model.bos_id} begins a document"
         )
@@ -399,7 +399,7 @@ def export(
         for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[dtype])
         write_own(model, saved, out)
-        use = f'from speechssm import load\nmodel = load("{saved.stage}", "THIS FOLDER")'
+        use = f'from speechssm import load\n\nmodel = load("{saved.stage}", "THIS FOLDER")'
         written_as = ""
     text_model = text_model_of(source)
     if text_model is not None and format == "speechssm":
