@@ -33,10 +33,22 @@ class CausalConv(nn.Conv1d):
 
     def forward(self, x_BCT: torch.Tensor, past_BCP: torch.Tensor):
         x_BCT = torch.cat([past_BCP, x_BCT], dim=-1)
+        past_BCP = x_BCT[..., x_BCT.shape[-1] - self.past :]
+        stride = self.stride[0]
+        if stride > 1 and self.kernel_size[0] % stride == 0 and self.dilation[0] == 1:
+            # The same sums on stretches of `stride` samples as channels. oneDNN's bfloat16 kernel
+            # of narrow strided convolutions returns garbage (PyTorch 2.11 on a CPU with AMX).
+            x_BCT, weight = stretches(x_BCT, stride), stretches(self.weight, stride)
+            return functional.conv1d(x_BCT, weight, self.bias), past_BCP
         y_BCT = functional.conv1d(
             x_BCT, self.weight, self.bias, stride=self.stride, dilation=self.dilation
         )
-        return y_BCT, x_BCT[..., x_BCT.shape[-1] - self.past :]
+        return y_BCT, past_BCP
+
+
+def stretches(x_BCT: torch.Tensor, length: int) -> torch.Tensor:
+    """[B, C, T] as [B, C * length, T / length]: neighbouring samples become channels."""
+    return x_BCT.unflatten(-1, (-1, length)).transpose(2, 3).flatten(1, 2)
 
 
 class CausalTransposedConv(nn.ConvTranspose1d):
@@ -52,11 +64,15 @@ class CausalTransposedConv(nn.ConvTranspose1d):
         return torch.zeros(batch_size, self.in_channels, 1, device=device, dtype=dtype)
 
     def forward(self, x_BCT: torch.Tensor, last_BC1: torch.Tensor):
-        stride = self.stride[0]
         x_BCT = torch.cat([last_BC1, x_BCT], dim=-1)
-        y_BCT = functional.conv_transpose1d(x_BCT, self.weight, self.bias, stride=stride)
-        # The first s samples belong to the last input's own time, the last s are still unfinished.
-        return y_BCT[..., stride:-stride], x_BCT[..., -1:]
+        # The s samples of a stretch as channels of a plain convolution over two inputs: what
+        # CausalConv does, the other way round, and for the same reason (its backward is strided).
+        taps_OSI2 = self.weight.unflatten(-1, (2, self.stride[0])).permute(1, 3, 0, 2).flip(-1)
+        y_BCT = functional.conv1d(x_BCT, taps_OSI2.flatten(0, 1))
+        y_BCT = y_BCT.unflatten(1, (self.out_channels, -1)).transpose(2, 3).flatten(2)
+        if self.bias is not None:
+            y_BCT = y_BCT + self.bias[:, None]
+        return y_BCT, x_BCT[..., -1:]
 
 
 class ResidualUnit(nn.Module):

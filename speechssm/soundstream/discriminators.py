@@ -6,7 +6,7 @@ the logits (one for each stretch of time), the others are the features to be mat
 Shape suffixes: B batch, S samples, C channels, T time, F frequency.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -158,23 +158,30 @@ class StftDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """Waveform discriminators at full, half, quarter ... rate, and one on the STFT.
+    """Waveform discriminators at full, half, quarter ... rate, and those on the STFT.
 
     Args:
         num_scales: waveform discriminators; each sees the audio at half the rate of the one before.
-        waveform, stft: arguments of the two classes.
+        waveform: arguments of `WaveformDiscriminator`.
+        stft: arguments of a `StftDiscriminator`, or a list of such (windows of several lengths).
     """
 
-    def __init__(self, num_scales: int = 3, waveform: dict | None = None, stft: dict | None = None):
+    def __init__(
+        self,
+        num_scales: int = 3,
+        waveform: dict | None = None,
+        stft: dict | Sequence[dict] | None = None,
+    ):
         super().__init__()
         self.waveform = nn.ModuleList(
             WaveformDiscriminator(**(waveform or {})) for _ in range(num_scales)
         )
-        self.stft = StftDiscriminator(**(stft or {}))
+        several = [stft or {}] if stft is None or isinstance(stft, Mapping) else stft
+        self.stft = nn.ModuleList(StftDiscriminator(**arguments) for arguments in several)
 
     def forward(self, audio_BS: torch.Tensor) -> list[list[torch.Tensor]]:
         """Outputs of every discriminator, layer by layer, logits last."""
-        outputs = [self.stft(audio_BS)]
+        outputs = [discriminator(audio_BS) for discriminator in self.stft]
         for discriminator in self.waveform:
             outputs.append(discriminator(audio_BS))
             audio_BS = functional.avg_pool1d(

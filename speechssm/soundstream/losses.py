@@ -11,6 +11,8 @@ import torch
 import torchaudio
 from torch import nn
 
+from speechssm.nn.vector_quantization import without_autocast
+
 Outputs = list[list[torch.Tensor]]  # of each discriminator, of each layer; logits last
 
 
@@ -64,10 +66,15 @@ class MultiScaleMelLoss(nn.Module):
 
     def forward(self, audio_BS: torch.Tensor, reconstruction_BS: torch.Tensor) -> torch.Tensor:
         """Scalar float32 loss; both float [B, S] with S at least half the longest window."""
+        # Autocast would take the product with the filters in half precision.
+        with without_autocast(audio_BS.device.type):
+            return self._distance(audio_BS.float(), reconstruction_BS.float())
+
+    def _distance(self, audio_BS: torch.Tensor, reconstruction_BS: torch.Tensor) -> torch.Tensor:
         loss = 0.0
         for window in self.windows:
-            real_BTM = self.mel(audio_BS.float(), window)
-            fake_BTM = self.mel(reconstruction_BS.float(), window)
+            real_BTM = self.mel(audio_BS, window)
+            fake_BTM = self.mel(reconstruction_BS, window)
             linear = (real_BTM - fake_BTM).abs().sum(-1).mean()
             log_BTM = real_BTM.clamp(min=self.floor).log() - fake_BTM.clamp(min=self.floor).log()
             # The norm's gradient is undefined where both are below the floor.

@@ -150,11 +150,13 @@ class SoundStream(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the codes this codec makes: config and weights, see speechssm.fingerprint."""
+        """Identity of the codes: config, encoder and codebooks, see speechssm.fingerprint.
+
+        The decoder is not part of it: whoever has learned codes may play them with a better one.
+        """
         codebooks = {"quantizer.codebook_QKD": self.quantizer.codebook_QKD}
-        networks = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
-        networks |= {f"decoder.{k}": v for k, v in self.decoder.state_dict().items()}
-        return fingerprint(self.config, networks | codebooks)
+        encoder = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
+        return fingerprint(self.config, encoder | codebooks)
 
     def initial_encoder_state(self, batch_size: int) -> EncoderState:
         """The encoder before the first sample, on the model's device and in its dtype."""

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from speechssm.errors import ConfigError
+from speechssm.nn.initial_weights import begin_with
 from speechssm.nn.optimization import build_optimizer
+from speechssm.soundstream.balancer import LossBalancer
 from speechssm.soundstream.discriminators import Discriminators
 from speechssm.soundstream.losses import (
     MultiScaleMelLoss,
@@ -58,13 +60,19 @@ class SoundStreamModule(lightning.LightningModule):
         quantizer_dropout: share of rows that use only the first n ~ U[1 ... Q] levels.
         weights: of the losses, some of reconstruction, adversarial, feature, commitment, waveform
             (mean absolute error); the others keep the paper's values.
+        balance: None: the losses are added up, each times its weight. Else the decay of the
+            averages with which a `LossBalancer` gives each loss the share of the gradient that its
+            weight says; the commitment, which the decoded audio does not reach, is added as it is.
         relative_features: see `feature_loss`.
         mel: arguments of `MultiScaleMelLoss` without the sample rate.
         gradient_clip: largest norm of the gradients of the codec and of the discriminators.
+        initial_weights: a codec of the same shape that a new run begins with.
+        decoder_only: encoder and codebooks stay as they are. Codes, and what was trained on them,
+            stay valid; the decoder learns to play them better.
         seed: of the quantiser dropout.
 
     Raises:
-        ConfigError: an unknown loss.
+        ConfigError: an unknown loss, or initial weights of another shape.
     """
 
     def __init__(
@@ -78,9 +86,12 @@ class SoundStreamModule(lightning.LightningModule):
         codebook_batches: int = 1,
         quantizer_dropout: float = 1.0,
         weights: dict | None = None,
+        balance: float | None = None,
         relative_features: bool = False,
         mel: dict | None = None,
         gradient_clip: float = 10.0,
+        initial_weights: str | None = None,
+        decoder_only: bool = False,
         seed: int = 0,
     ):
         super().__init__()
@@ -95,12 +106,30 @@ class SoundStreamModule(lightning.LightningModule):
         self.discriminators = Discriminators(**(discriminators or {}))
         self.mel_loss = MultiScaleMelLoss(self.model.sample_rate, **(mel or {}))
         self.weights = DEFAULT_WEIGHTS | dict(weights or {})
+        self.balancer = None
+        if balance is not None:
+            heard = [name for name in DEFAULT_WEIGHTS if name != "commitment"]
+            self.balancer = LossBalancer(heard, balance)
+        if decoder_only:
+            self.model.encoder.requires_grad_(False)
+            self.model.quantizer.eval()
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
+            begin_with(self.model, "soundstream", self.hparams.initial_weights)
+
+    def train(self, mode: bool = True) -> "SoundStreamModule":
+        super().train(mode)
+        if self.hparams.decoder_only:
+            self.model.quantizer.eval()
+        return self
 
     @torch.no_grad()
     def on_train_start(self) -> None:
         """k-means start of the codebooks, once: a resumed run has them in its checkpoint."""
         count = self.hparams.codebook_batches
-        if self.global_step > 0 or count == 0:
+        begun = self.global_step > 0 or self.hparams.initial_weights
+        if begun or count == 0:
             return
         x_BTD = [
             self.model.embed(self._whole_frames(batch["audio"].to(self.device)))
@@ -135,7 +164,7 @@ class SoundStreamModule(lightning.LightningModule):
         optimizer, _ = self.optimizers()
         scheduler, _ = self.lr_schedulers()
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        self.manual_backward(self._balanced(figures, reconstruction_BS) if self.balancer else loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.gradient_clip)
         optimizer.step()
         scheduler.step()
@@ -143,6 +172,15 @@ class SoundStreamModule(lightning.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({f"train/{name}": value.detach() for name, value in figures.items()})
         self.log("train/gradient_norm", norm)
+
+    def _balanced(
+        self, figures: Mapping[str, torch.Tensor], reconstruction_BS: torch.Tensor
+    ) -> torch.Tensor:
+        """A scalar whose gradient is the balanced one."""
+        heard = {name: value for name, value in figures.items() if name != "commitment"}
+        gradient_BS = self.balancer.gradient(heard, self.weights, reconstruction_BS)
+        commitment = self.weights["commitment"] * figures["commitment"]
+        return (reconstruction_BS * gradient_BS).sum() + commitment
 
     def _step_discriminators(self, audio_BS: torch.Tensor, fake_BS: torch.Tensor) -> None:
         _, optimizer = self.optimizers(use_pl_optimizer=False)

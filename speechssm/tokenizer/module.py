@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speechssm.errors import ConfigError
+from speechssm.nn.initial_weights import other_network
 from speechssm.nn.optimization import build_optimizer
 from speechssm.nn.vector_quantization import sum_over_ranks
 from speechssm.tokenizer.losses import ctc_loss, histogram, mean_where, perplexity, prediction_loss
@@ -67,7 +68,7 @@ class TokenizerModule(lightning.LightningModule):
         # In a list, so that its weights are no part of checkpoints.
         self._teacher: list[nn.Module] = []
         if teacher is not None:
-            self._teacher = [load_other(teacher).eval().requires_grad_(False)]
+            self._teacher = [other_network("tokenizer", teacher).eval().requires_grad_(False)]
             model = {**model, "teacher_vocab_size": self.teacher.vocab_size}
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
@@ -92,7 +93,7 @@ class TokenizerModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """A new run takes over its initial weights; one that is resumed has its own."""
         if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
-            begin_with(self.model, load_other(self.hparams.initial_weights))
+            begin_with(self.model, other_network("tokenizer", self.hparams.initial_weights))
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -208,12 +209,6 @@ def repeat_to_the_end(audio_BS: Tensor, length_B: Tensor) -> Tensor:
     """Rows that go on from their beginning where their audio ends; empty ones stay as they are."""
     place_S = torch.arange(audio_BS.shape[1], device=audio_BS.device)
     return audio_BS.gather(1, place_S % length_B.clamp(min=1)[:, None])
-
-
-def load_other(name_or_path: str) -> nn.Module:
-    """The network of another tokenizer; how it is found is none of this room's business."""
-    source = {"_target_": "speechssm.loading.load_network", "stage": "tokenizer"}
-    return hydra.utils.instantiate(source, name_or_path=name_or_path)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from speechssm.errors import ConfigError
+from speechssm.nn import initial_weights
 from speechssm.soundstream.module import SoundStreamModule
 
 HOP = 12
@@ -74,6 +75,49 @@ def test_every_parameter_is_in_exactly_one_optimiser(tmp_path):
     assert len(held) == len(set(held))
     assert set(held) == {id(p) for p in subject.parameters()}
     assert set(groups[0]) == {id(p) for p in subject.model.parameters()}
+
+
+def trained(tmp_path, name: str, steps: int = 2, **options):
+    """A run of `steps` and the path of its checkpoint."""
+    subject = module(**options)
+    saved = ModelCheckpoint(tmp_path, filename=name, every_n_train_steps=steps)
+    trainer(tmp_path, steps, [saved]).fit(subject, batches(steps))
+    return subject, tmp_path / f"{name}.ckpt"
+
+
+def test_a_decoder_alone_learns_and_the_codes_stay(tmp_path, monkeypatch):
+    first, _ = trained(tmp_path, "first")
+    monkeypatch.setattr(initial_weights, "other_network", lambda stage, name: first.model)
+    second, _ = trained(tmp_path, "second", initial_weights="first", decoder_only=True)
+    assert second.model.fingerprint == first.model.fingerprint
+    before = first.model.state_dict()
+    changed = {n for n, v in second.model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {f"decoder.{name}" for name in second.model.decoder.state_dict()}
+    groups = second.trainer.optimizers[0].param_groups
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in second.model.decoder.parameters()}
+
+
+def test_initial_weights_of_another_shape_are_refused(tmp_path, monkeypatch):
+    other = module(model=MODEL | {"codebook_size": 4}).model
+    monkeypatch.setattr(initial_weights, "other_network", lambda stage, name: other)
+    with pytest.raises(ConfigError, match=r"initial_weights=other: .*codebook_QKD has shape"):
+        trained(tmp_path, "second", initial_weights="other")
+
+
+def test_balanced_losses_train_and_a_killed_run_goes_on(tmp_path):
+    options = {"balance": 0.9, "discriminator_start": 1}
+    whole, _ = trained(tmp_path, "whole", 4, **options)
+    saved = ModelCheckpoint(tmp_path, filename="killed", every_n_train_steps=2)
+    killed = trainer(tmp_path, 4, [saved], limit_train_batches=2)
+    killed.fit_loop.max_epochs = 1
+    killed.fit(module(**options), batches(2))
+    resumed = module(**options)
+    again = {"ckpt_path": tmp_path / "killed.ckpt", "weights_only": True}
+    trainer(tmp_path, 4).fit(resumed, batches(10, first=2), **again)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    assert whole.balancer.steps_N.tolist() == [4, 3, 3, 0]  # the waveform weighs nothing
 
 
 def test_the_generator_alone_counts_steps(tmp_path):
