@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from speechssm import load
-from speechssm.evaluation.tokenizer.edit_distance import edit_distance
+from speechssm.evaluation.edit_distance import edit_distance
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "data" / "weights"

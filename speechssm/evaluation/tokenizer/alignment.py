@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from speechssm.data.text import normalise_text
+from speechssm.evaluation.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer import forced_alignment
-from speechssm.evaluation.tokenizer.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer.forced_alignment import Segment
 from speechssm.report.rows import write_text
 

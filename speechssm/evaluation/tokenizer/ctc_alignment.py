@@ -18,8 +18,8 @@ from torchaudio.functional import forced_align
 
 from speechssm.audio.resample import resample
 from speechssm.errors import ConfigError
+from speechssm.evaluation.corpus import RATE, Document
 from speechssm.evaluation.tokenizer.alignment import Alignments, Job, Segments, align_with
-from speechssm.evaluation.tokenizer.corpus import RATE, Document
 from speechssm.evaluation.tokenizer.forced_alignment import Segment
 
 CACHE = "alignments-ctc.json"

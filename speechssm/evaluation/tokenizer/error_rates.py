@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from speechssm.errors import ConfigError
+from speechssm.evaluation.edit_distance import edit_distance
 from speechssm.evaluation.statistics import Interval, bootstrap_ratio
-from speechssm.evaluation.tokenizer.edit_distance import edit_distance
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from speechssm.errors import ConfigError
+from speechssm.evaluation.corpus import RATE, Document, Material, choose_material
 from speechssm.evaluation.results import progress_bar
 from speechssm.evaluation.tokenizer import results
 from speechssm.evaluation.tokenizer.alignment import (
@@ -20,7 +21,6 @@ from speechssm.evaluation.tokenizer.alignment import (
     default_workers,
     has_figures,
 )
-from speechssm.evaluation.tokenizer.corpus import RATE, Document, Material, choose_material
 from speechssm.evaluation.tokenizer.end_of_recording import end_of_recording
 from speechssm.evaluation.tokenizer.findings import Candidate, Findings, Measured
 from speechssm.evaluation.tokenizer.phones import measure_phones

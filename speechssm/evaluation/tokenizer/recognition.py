@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from speechssm.data.text import normalise_text
 from speechssm.errors import ConfigError
-from speechssm.evaluation.tokenizer.edit_distance import edit_distance
+from speechssm.evaluation.edit_distance import edit_distance
 from speechssm.evaluation.tokenizer.error_rates import ErrorRates, collapse, error_rates
 
 # Class 0 is CTC's blank.

@@ -22,8 +22,8 @@ import soundfile
 
 from speechssm.audio.resample import resample
 from speechssm.errors import ConfigError
+from speechssm.evaluation.edit_distance import edit_distance
 from speechssm.evaluation.statistics import Interval, bootstrap_ratio
-from speechssm.evaluation.tokenizer.edit_distance import edit_distance
 from speechssm.tokenizer.interface import Tokenizer
 
 UNRELATED = "unrelated"

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from speechssm.audio.features import LogMel
+from speechssm.evaluation.corpus import RATE, Document, Utterance
 from speechssm.evaluation.statistics import Interval, bootstrap_ratio
-from speechssm.evaluation.tokenizer.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer.probes import choose_l2, fit_softmax_regression
 
 PIECE_SECONDS = (10.0, 3.0)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from speechssm.audio.io import read_audio, to_pcm16
+from speechssm.evaluation.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer.alignment import (
     NOT_COUNTED,
     align_phones,
     align_with,
     alignable_text,
 )
-from speechssm.evaluation.tokenizer.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer.forced_alignment import (
     PocketSphinxAligner,
     Segment,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from speechssm.errors import ConfigError
-from speechssm.evaluation.tokenizer.corpus import RATE, Document, Utterance
+from speechssm.evaluation.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer.ctc_alignment import align_ids, align_text_pieces
 
 

@@ -213,7 +213,7 @@ def test_tokenizers_have_different_names(tmp_path):
 
 
 def test_excerpts_take_speakers_in_turn(tmp_path):
-    from speechssm.evaluation.tokenizer.corpus import Document
+    from speechssm.evaluation.corpus import Document
 
     lengths = (("a", 70), ("a", 70), ("b", 10), ("c", 35))
     documents = [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from speechssm.evaluation.tokenizer.corpus import RATE, Document, Utterance
+from speechssm.evaluation.corpus import RATE, Document, Utterance
 from speechssm.evaluation.tokenizer.speakers import SpeakerTask, accuracy_margin
 
 SECONDS = 120

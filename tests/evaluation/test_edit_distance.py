@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from speechssm.evaluation.tokenizer.edit_distance import edit_distance
+from speechssm.evaluation.edit_distance import edit_distance
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from speechssm.audio.io import encode_flac, write_audio
 from speechssm.data.shards import ShardWriter
 from speechssm.errors import ConfigError
-from speechssm.evaluation.tokenizer.corpus import RATE, Utterance, choose_material
+from speechssm.evaluation.corpus import RATE, Utterance, choose_material
 
 TEXT = "some words"
 
