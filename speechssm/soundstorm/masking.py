@@ -52,11 +52,24 @@ def draw(
     )
 
 
+def drawn_levels(
+    uniform_B: torch.Tensor, num_quantizers: int, first_level_share: float | None = None
+) -> torch.Tensor:
+    """Levels int64, 0-based, from uniform numbers: all alike, or level 1 in a share of its own."""
+    if first_level_share is None:
+        level_B = uniform_B * num_quantizers
+    else:
+        above_B = (uniform_B - first_level_share) / max(1 - first_level_share, 1e-6)
+        level_B = torch.where(above_B < 0, 0.0, 1 + above_B * (num_quantizers - 1))
+    return level_B.long().clamp(max=num_quantizers - 1)
+
+
 def training_mask(
     draws: Draws,
     length_B: torch.Tensor,
     num_quantizers: int,
     level_B: torch.Tensor | None = None,
+    first_level_share: float | None = None,
 ) -> TrainingMask:
     """Masks after the paper: prompt t ~ U{0..length-1}, level q ~ U{0..Q-1}, p = cos(U[0, pi/2]).
 
@@ -66,12 +79,13 @@ def training_mask(
     Args:
         length_B: int64, valid frames of each row, at least 1.
         level_B: int64, the level of each row instead of a drawn one.
+        first_level_share: of the rows that get level 1; None = one in Q, as in the paper.
     """
     frames = draws.frame_BT.shape[1]
     # The product of a float just under 1 with a length can round up to the length itself.
     prompt_B = torch.minimum((draws.prompt_B * length_B).long(), length_B - 1)
     if level_B is None:
-        level_B = (draws.level_B * num_quantizers).long().clamp(max=num_quantizers - 1)
+        level_B = drawn_levels(draws.level_B, num_quantizers, first_level_share)
     ratio_B = torch.cos(draws.ratio_B * (math.pi / 2))
     position_T = torch.arange(frames, device=length_B.device)
     predictable_BT = (position_T >= prompt_B[:, None]) & (position_T < length_B[:, None])

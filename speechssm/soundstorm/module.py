@@ -9,8 +9,10 @@ import hydra
 import lightning
 import torch
 
+from speechssm.errors import ConfigError
+from speechssm.nn.initial_weights import begin_with
 from speechssm.nn.optimization import build_optimizer
-from speechssm.soundstorm.loss import level_scores, masked_score
+from speechssm.soundstorm.loss import finer_loss, level_score, level_scores, masked_states
 from speechssm.soundstorm.masking import draw, training_mask
 
 
@@ -24,10 +26,26 @@ class SoundStormModule(lightning.LightningModule):
         model: config of the network (`_target_` and arguments), plain containers.
         optimizer: see `speechssm.nn.optimization`.
         validation_seed: of the masks of validation, which are the same every time.
+        first_level_share: of the rows that learn level 1; None = one in Q, as in the paper.
+        finer_levels: so many of the levels above the drawn one are predicted too, from the same
+            pass: their heads learn from most rows instead of from one in Q. 0 = the paper's loss.
+        finer_weight: of their mean loss beside that of the drawn level.
+        initial_weights: a SoundStorm of the same shape that a new run begins with.
     """
 
-    def __init__(self, model: dict, optimizer: dict, validation_seed: int = 0):
+    def __init__(
+        self,
+        model: dict,
+        optimizer: dict,
+        validation_seed: int = 0,
+        first_level_share: float | None = None,
+        finer_levels: int = 0,
+        finer_weight: float = 1.0,
+        initial_weights: str | None = None,
+    ):
         super().__init__()
+        if first_level_share is not None and not 0 <= first_level_share <= 1:
+            raise ConfigError(f"stage.first_level_share={first_level_share}: from 0 to 1, or null")
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
         levels = [f"_level_{level + 1}" for level in range(self.model.num_quantizers)]
@@ -35,17 +53,30 @@ class SoundStormModule(lightning.LightningModule):
         self.metric_units = {f"loss{level}": "nats/code" for level in ["", *levels]}
         self.metric_units |= {f"accuracy{level}": "share" for level in ["", *levels]}
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
+            begin_with(self.model, "soundstorm", self.hparams.initial_weights)
+
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         codes_BQT, length_B = batch["codes"], batch["length"]
         rows, levels, frames = codes_BQT.shape
         valid_BT = torch.arange(frames, device=codes_BQT.device) < length_B[:, None]
         self.model.count_codes(codes_BQT, valid_BT)
-        mask = training_mask(draw(rows, frames, device=codes_BQT.device), length_B, levels)
-        score = masked_score(self.model, codes_BQT, batch["units"], length_B, mask)
+        options = self.hparams
+        draws = draw(rows, frames, device=codes_BQT.device)
+        share = options.first_level_share
+        mask = training_mask(draws, length_B, levels, first_level_share=share)
+        hidden_BTD = masked_states(self.model, codes_BQT, batch["units"], length_B, mask)
+        score = level_score(self.model, hidden_BTD, codes_BQT, mask.level_B, mask.target_BT)
         tokens = score.tokens_B.sum()
         loss = score.nats_B.sum() / tokens.clamp(min=1)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/accuracy", score.correct_B.sum() / tokens.clamp(min=1))
+        if options.finer_levels:
+            uniform_NB = torch.rand(options.finer_levels, rows, device=codes_BQT.device)
+            finer = finer_loss(self.model, hidden_BTD, codes_BQT, length_B, mask, uniform_NB)
+            self.log("train/finer_loss", finer.detach())
+            loss = loss + options.finer_weight * finer
         return loss
 
     def on_validation_epoch_start(self) -> None:
