@@ -243,31 +243,37 @@ def check_models(tokenizer, lm, soundstorm, codec) -> None:
     Sizes always have to agree. A model that says what it was `trained_on`, as loaded checkpoints
     do ({"tokenizer_fingerprint": ..., "codec_fingerprint": ...}), is also held to that.
     """
-    sizes = {"lm": lm.vocab_size, "soundstorm": soundstorm.unit_vocab_size}
-    for name, size in sizes.items():
-        if size != tokenizer.vocab_size:
-            raise FingerprintError(
-                f"{name} knows {size} units, the tokenizer has {tokenizer.vocab_size}: name the "
-                f"tokenizer that made the {name}'s training units"
-            )
+    _check_units("lm", lm, lm.vocab_size, tokenizer, codec)
+    check_acoustic_models(tokenizer, soundstorm, codec)
+
+
+def check_acoustic_models(tokenizer, soundstorm, codec) -> None:
+    """`check_models` of the stages that turn units into sound."""
+    _check_units("soundstorm", soundstorm, soundstorm.unit_vocab_size, tokenizer, codec)
     check_codec(soundstorm, codec)
-    makers = {"tokenizer": tokenizer, "codec": codec}
-    for name, model in (("lm", lm), ("soundstorm", soundstorm)):
-        trained_on = getattr(model, "trained_on", None) or {}
-        for maker, instance in makers.items():
-            expected = trained_on.get(f"{maker}_fingerprint")
-            if expected is not None and expected != instance.fingerprint:
-                raise FingerprintError(
-                    f"{name} was trained on tokens of the {maker} {expected[:12]}, but {maker}= "
-                    f"names {instance.fingerprint[:12]}; name the one that made them, or train "
-                    f"the {name} again"
-                )
     if tokenizer.rate * soundstorm.unit_repeat * codec.hop_length != codec.sample_rate:
         raise ConfigError(
             f"{tokenizer.rate:g} units a second of {soundstorm.unit_repeat} frames of "
             f"{codec.hop_length} samples are not {codec.sample_rate} samples a second: the codec "
             "or the tokenizer is not the one that SoundStorm was trained with"
         )
+
+
+def _check_units(name: str, model, vocab_size: int, tokenizer, codec) -> None:
+    if vocab_size != tokenizer.vocab_size:
+        raise FingerprintError(
+            f"{name} knows {vocab_size} units, the tokenizer has {tokenizer.vocab_size}: name the "
+            f"tokenizer that made the {name}'s training units"
+        )
+    trained_on = getattr(model, "trained_on", None) or {}
+    for maker, instance in (("tokenizer", tokenizer), ("codec", codec)):
+        expected = trained_on.get(f"{maker}_fingerprint")
+        if expected is not None and expected != instance.fingerprint:
+            raise FingerprintError(
+                f"{name} was trained on tokens of the {maker} {expected[:12]}, but {maker}= "
+                f"names {instance.fingerprint[:12]}; name the one that made them, or train "
+                f"the {name} again"
+            )
 
 
 def generate_to_file(

@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speechssm.data.shards import read_index
+from speechssm.data.shards import INDEX_NAME, read_index
 from speechssm.errors import ConfigError, FingerprintError
 from speechssm.loading import find, load, naming_device, text_model_of
+from speechssm.pipeline import check_acoustic_models
 from speechssm.report.gather import Run, find_runs, is_run, read_run, run_labels
 from speechssm.report.rows import Row
+
+CODE_OPTIONS = ("max_pieces", "max_seconds")  # of the acoustic ones, those for code shards
 
 
 def evaluate(config: Mapping[str, Any]) -> list[Row]:
@@ -97,14 +100,43 @@ def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[R
 
 
 def evaluate_acoustic(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
-    from speechssm.evaluation.acoustic import evaluate_acoustic
+    """Code shards measure what SoundStorm predicts; audio, with codec and tokenizer, what it
+    speaks."""
+    from speechssm.evaluation.acoustic.codes import evaluate_codes
 
     path = named_model(config, "soundstorm")
-    model = load("soundstorm", path, device=device_of(config))
-    check_tokens("soundstorm", model.trained_on, config["data"])
-    return evaluate_acoustic(
-        model, config["data"], config["out"], details=run_details("soundstorm", path), **options
+    data, out, seed = config["data"], config["out"], options.pop("seed")
+    details = run_details("soundstorm", path)
+    of_codes = {name: options.pop(name) for name in CODE_OPTIONS if name in options}
+    if holds_codes(data):
+        model = load("soundstorm", path, device=device_of(config))
+        check_tokens("soundstorm", model.trained_on, data)
+        return evaluate_codes(model, data, out, seed=seed, details=details, **of_codes)
+    from speechssm.evaluation.acoustic.options import Options
+    from speechssm.evaluation.acoustic.resynthesis import evaluate_resynthesis
+
+    try:
+        chosen = Options(**options)
+    except TypeError as error:  # names the option
+        raise ConfigError(f"options.acoustic: {str(error).split('__init__() ')[-1]}") from None
+    models = {"soundstorm": load("soundstorm", path, device=device_of(config))}
+    models["codec"] = load("soundstream", named_model(config, "codec"), device=device_of(config))
+    models["tokenizer"] = load(
+        "tokenizer",
+        named_model(config, "tokenizer"),
+        device=device_of(config),
+        windows=config.get("windows"),
     )
+    check_acoustic_models(**models)
+    return evaluate_resynthesis(
+        **models, data=data, out=out, options=chosen, seed=seed, details=details
+    )
+
+
+def holds_codes(data: str | Path) -> bool:
+    """Whether a folder holds code shards, rather than audio shards or recordings."""
+    split = Path(data) / "heldout"
+    return (split / INDEX_NAME).is_file() and read_index(split).kind == "code"
 
 
 def evaluate_likelihood(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:

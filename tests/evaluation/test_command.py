@@ -12,7 +12,8 @@ from speechssm.configuration import compose
 from speechssm.data.shards import read_index
 from speechssm.errors import CheckpointError, ConfigError, FingerprintError
 from speechssm.evaluation import command
-from speechssm.evaluation.acoustic import evaluate_acoustic
+from speechssm.evaluation.acoustic.codes import evaluate_codes
+from speechssm.evaluation.acoustic.options import Options as AcousticOptions
 from speechssm.evaluation.codec import evaluate_codec
 from speechssm.evaluation.likelihood import evaluate_likelihood
 from speechssm.evaluation.tokenizer.evaluate import evaluate_tokenizer
@@ -24,7 +25,7 @@ from speechssm.tokenizer.windowed import WindowedTokenizer
 FUNCTIONS = {
     "tokenizer": evaluate_tokenizer,
     "codec": evaluate_codec,
-    "acoustic": evaluate_acoustic,
+    "acoustic": evaluate_codes,
     "likelihood": evaluate_likelihood,
 }
 
@@ -34,6 +35,10 @@ def test_every_subject_has_options_that_its_function_knows_at_the_same_defaults(
     assert set(config.options) == set(FUNCTIONS) == set(command.SUBJECTS)
     benches = compose("bench", ["subject=pipeline", "out=b"])
     functions = [(config.options[name], function) for name, function in FUNCTIONS.items()]
+    acoustic = {**config.options.acoustic}
+    of_codes = {name: acoustic.pop(name) for name in command.CODE_OPTIONS}
+    functions = [(options, f) for options, f in functions if f is not evaluate_codes]
+    functions += [(of_codes, evaluate_codes), (acoustic, AcousticOptions)]
     for options, function in [*functions, (benches.options.pipeline, run_pipeline)]:
         known = inspect.signature(function).parameters
         for name, value in options.items():

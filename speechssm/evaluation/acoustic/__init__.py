@@ -1,0 +1,1 @@
+"""SoundStorm measured: the codes it predicts, and the speech it makes over minutes."""
