@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 import torch
 
+from speechssm.audio.resample import resample
 from speechssm.data.shards import ShardIndex
 from speechssm.data.stream import Batch, SampleOrder, ShardReaders
 from speechssm.data.text import TextEncoder
@@ -62,7 +63,7 @@ class AudioCrops(_Crops):
     Args:
         index: of one split of audio shards.
         num_samples: S, audio samples per crop.
-        sample_rate: Hz; shards of another rate are refused.
+        sample_rate: Hz; crops of shards at another rate are resampled.
         seed, mix_shards: see SampleOrder.
         text: None to leave transcripts out.
         max_text_length: L; a longer transcript counts as none.
@@ -180,22 +181,24 @@ class AudioCrops(_Crops):
         return ids, found
 
     def _decode(self, flac: bytes, number: int, name: str, room: int) -> tuple[np.ndarray, int]:
-        """The crop, float32 of at most `room` samples, and the length of the whole sample."""
+        """The crop, float32 of at most `room` samples, and the length of the whole sample, both
+        at `sample_rate`."""
+        wanted = self.sample_rate
         try:
             with soundfile.SoundFile(io.BytesIO(flac)) as file:
-                rate, length = file.samplerate, file.frames
-                file.seek(self.start(number, length, room))
-                crop = file.read(room, dtype="float32")
+                rate, channels = file.samplerate, file.channels
+                length = math.ceil(file.frames * wanted / rate)
+                file.seek(self.start(number, length, room) * rate // wanted)
+                crop = file.read(math.ceil(room * rate / wanted), dtype="float32")
         except soundfile.SoundFileError as error:
             raise ShardError(
                 f"{name} cannot be decoded ({error}); delete the shard and prepare the corpus again"
             ) from error
-        if rate != self.sample_rate or crop.ndim != 1:
+        if channels != 1:
             raise ShardError(
-                f"{name} is not mono at {self.sample_rate} Hz (but {rate} Hz); prepare the corpus "
-                "again, or set data.sample_rate"
+                f"{name} has {channels} channels instead of one; prepare the corpus again"
             )
-        return crop, length
+        return resample(crop, rate, wanted)[:room], length
 
 
 class CodeCrops(_Crops):

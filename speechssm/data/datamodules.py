@@ -158,7 +158,7 @@ class AudioDataModule(_ShardDataModule):
         text_model: sentencepiece model for transcripts; None leaves them out.
         max_text_length: columns of `text`; a longer transcript counts as none.
         val_batches: at most so many validation batches; None for one pass.
-        sample_rate: Hz that the shards must have.
+        sample_rate: of the crops, Hz; those of shards at another rate are resampled.
         mix_shards: shards shuffled together.
         join: fill rows up with the utterances that follow in the recording, see `AudioCrops`.
 
@@ -194,12 +194,21 @@ class AudioDataModule(_ShardDataModule):
         return {"text_vocab_size": self.text.vocab_size} if self.text else {}
 
     def train_dataloader(self) -> BatchLoader:
+        self._report_rate()
         self._report_transcripts("train")
         return super().train_dataloader()
 
     def val_dataloader(self) -> BatchLoader:
         self._report_transcripts("heldout")
         return super().val_dataloader()
+
+    def _report_rate(self) -> None:
+        rate = self.index("train").metadata.get("sample_rate", self.sample_rate)
+        if rate < self.sample_rate and self._ranks()[0] == 0:
+            logger.warning(
+                "%s: recordings at %d Hz are resampled to %d Hz and have nothing above %d Hz",
+                self.folder, rate, self.sample_rate, rate // 2,
+            )  # fmt: skip
 
     def _report_transcripts(self, split: str) -> None:
         if self.text is not None and self._ranks()[0] == 0:

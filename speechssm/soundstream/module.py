@@ -45,7 +45,7 @@ class SoundStreamModule(lightning.LightningModule):
     checkpoints every N steps and schedules mean what they say. Whatever is random in a step (the
     dropout of quantiser levels) depends only on `seed`, step and rank: a resumed run is the same.
 
-    For averaged weights add Lightning's `EMAWeightAveraging` to the callbacks.
+    For averaged weights add Lightning's `EMAWeightAveraging` (`callbacks=averaged_weights`).
 
     Args:
         model: `_target_` and arguments of a `SoundStream`.

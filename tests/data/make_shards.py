@@ -26,7 +26,10 @@ def flac(audio, rate=RATE):
 def write_audio_shards(folder, documents, *, per_shard=2, heldout=None):
     """`documents`: lists of piece lengths in seconds; one document is one list."""
     for split, content in (("train", documents), ("heldout", heldout or documents[:1])):
-        with ShardWriter(folder / split, "audio", max_samples=per_shard) as writer:
+        metadata = {"sample_rate": RATE}
+        with ShardWriter(
+            folder / split, "audio", max_samples=per_shard, metadata=metadata
+        ) as writer:
             for number, pieces in enumerate(content):
                 start = 0.0
                 for piece, seconds in enumerate(pieces):
