@@ -90,7 +90,7 @@ def masked_prediction(run: Run | None) -> tuple[float, float] | None:
 
 
 def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
-    from speechssm.evaluation.codec import evaluate_codec
+    from speechssm.evaluation.codec.evaluate import evaluate_codec
 
     path = named_model(config, "codec")
     codec = load("soundstream", path, device=device_of(config))

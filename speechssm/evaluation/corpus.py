@@ -1,9 +1,10 @@
-"""What tokenizers are measured on: documents of held-out speakers, and others to train probes on.
+"""What is measured: documents of held-out speakers, and others to train probes on.
 
 Audio shards have the splits `heldout` and `train`. A folder of recordings, with or without a
-manifest (`data/corpora/folder.py`), is divided by speaker. Nothing here depends on a tokenizer.
+manifest (`data/corpora/folder.py`), is divided by speaker. Nothing here depends on what is
+evaluated.
 
-Shapes: S samples at 16 kHz, T units.
+Shapes: S samples, T units.
 """
 
 import logging
@@ -27,7 +28,7 @@ from speechssm.errors import AudioError, ConfigError, SpeechSSMError
 
 logger = logging.getLogger(__name__)
 
-RATE = 16_000
+RATE = 16_000  # Hz, unless another is asked for
 # Of a large split so many times the wanted hours are looked at before documents are chosen.
 _LOOK_AHEAD = 3
 
@@ -55,9 +56,10 @@ class Document:
     """A continuous recording of one speaker.
 
     Attributes:
-        pcm: int16 [S] at 16 kHz: half the memory of float32, and what shards hold.
+        pcm: int16 [S] at `rate`: half the memory of float32, and what shards hold.
         utterances: in order, not overlapping.
         synthetic: a machine speaks.
+        rate: of the samples, in Hz.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Document:
     pcm: np.ndarray
     utterances: tuple[Utterance, ...]
     synthetic: bool = False
+    rate: int = RATE
 
     @property
     def audio(self) -> np.ndarray:
@@ -73,7 +76,7 @@ class Document:
 
     @property
     def seconds(self) -> float:
-        return len(self.pcm) / RATE
+        return len(self.pcm) / self.rate
 
     def utterance_audio(self, utterance: Utterance) -> np.ndarray:
         """float32 [stop - start] in -1 ... 1."""
@@ -98,6 +101,7 @@ class Material:
     Attributes:
         skipped: how much was left out, by reason.
         speakers_known: whether the corpus names its speakers.
+        rate: of the documents, in Hz.
     """
 
     _heldout: list[_Candidate]
@@ -105,6 +109,7 @@ class Material:
     speakers_known: bool
     skipped: Counter[str] = field(default_factory=Counter)
     progress: Callable[[str, int], Callable[[], None]] | None = None
+    rate: int = RATE
 
     @cached_property
     def heldout(self) -> list[Document]:
@@ -123,7 +128,7 @@ class Material:
     def _read(self, candidates: list[_Candidate], title: str) -> list[Document]:
         advance = self.progress(title, len(candidates)) if self.progress else lambda: None
         documents = []
-        for document in _documents(candidates, self.skipped, advance):
+        for document in _documents(candidates, self.rate, self.skipped, advance):
             if len(document.pcm):
                 documents.append(document)
         return documents
@@ -137,6 +142,7 @@ def choose_material(
     fit_hours: float | None = None,
     synthetic: bool = False,
     corpus: Mapping[str, Any] | None = None,
+    rate: int = RATE,
     seed: int = 0,
     progress: Callable[[str, int], Callable[[], None]] | None = None,
 ) -> Material:
@@ -152,6 +158,7 @@ def choose_material(
             turn. None: everything.
         synthetic: take synthetic speech too; otherwise it is left out and counted.
         corpus: options of `FolderCorpus`: heldout_speakers, heldout_sets, leave_out.
+        rate: at which documents are read, in Hz.
         seed: of the choice.
         progress: called with a title and a number of steps; returns what is called at each step.
 
@@ -174,7 +181,7 @@ def choose_material(
     if not heldout_all:
         raise ConfigError(
             f"{data} has no held-out recordings to measure"
-            + (", only synthetic ones: set options.tokenizer.synthetic=true" if skipped else "")
+            + (", only synthetic ones: set options.SUBJECT.synthetic=true" if skipped else "")
         )
     chosen_fit = _choose(fit_all, fit_hours, seed)
     if known:
@@ -188,7 +195,7 @@ def choose_material(
                 apart
             )
             heldout_all = apart
-    return Material(_choose(heldout_all, max_hours, seed), chosen_fit, known, skipped, progress)
+    return Material(_choose(heldout_all, max_hours, seed), chosen_fit, known, skipped, progress, rate)
 
 
 def _both_sides(
@@ -305,13 +312,14 @@ def _choose(candidates: list[_Candidate], hours: float | None, seed: int) -> lis
 
 
 def _documents(
-    candidates: list[_Candidate], skipped: Counter[str], advance: Callable[[], None]
+    candidates: list[_Candidate], rate: int, skipped: Counter[str], advance: Callable[[], None]
 ) -> Iterator[Document]:
     """Read the candidates; those of a shard together."""
     from_shards: dict[Path, list[_Candidate]] = {}
     for entry in candidates:
         if isinstance(entry.parts[0], Recording):
-            yield _join(entry, chain.from_iterable(_read_recordings(entry, skipped)))
+            pieces = chain.from_iterable(_read_recordings(entry, rate, skipped))
+            yield _join(entry, rate, pieces)
             advance()
         else:
             from_shards.setdefault(entry.parts[0][0], []).append(entry)
@@ -324,39 +332,39 @@ def _documents(
                 continue
             details = sample["json"]
             try:
-                audio, _ = read_audio(sample["flac"], RATE, name=sample["__key__"])
+                audio, _ = read_audio(sample["flac"], rate, name=sample["__key__"])
             except AudioError as error:
                 _skip(skipped, error)
                 continue
             piece = (audio, details.get("text"), str(details.get("chapter", entry.name)))
             pieces.setdefault(entry.name, []).append(piece)
         for entry in entries:
-            yield _join(entry, pieces.get(entry.name, []))
+            yield _join(entry, rate, pieces.get(entry.name, []))
             advance()
 
 
 def _read_recordings(
-    entry: _Candidate, skipped: Counter[str]
+    entry: _Candidate, rate: int, skipped: Counter[str]
 ) -> Iterator[list[tuple[np.ndarray, str | None, str]]]:
     """Utterances of each recording, in order, with the sound between them; bad files left out."""
     for recording in entry.parts:
         try:
-            audio, _ = read_audio(recording.path, RATE)
+            audio, _ = read_audio(recording.path, rate)
         except AudioError as error:
             _skip(skipped, error)
             continue
-        audio = audio[: max(0, len(audio) - round(recording.drop_last_seconds * RATE))]
+        audio = audio[: max(0, len(audio) - round(recording.drop_last_seconds * rate))]
         pieces = []
         position = 0
         for utterance in recording.utterances:
-            start = min(len(audio), max(position, round(utterance.start_seconds * RATE)))
-            length = math.inf if utterance.seconds is None else round(utterance.seconds * RATE)
+            start = min(len(audio), max(position, round(utterance.start_seconds * rate)))
+            length = math.inf if utterance.seconds is None else round(utterance.seconds * rate)
             stop = int(min(len(audio), start + length))
             chapter = utterance.chapter or recording.chapter
             if start > position:
                 pieces.append((audio[position:start], None, chapter))
             # A transcript of more than there is of the sound belongs to something else.
-            whole = utterance.seconds is None or stop - start >= length - 0.1 * RATE
+            whole = utterance.seconds is None or stop - start >= length - 0.1 * rate
             pieces.append((audio[start:stop], utterance.text if whole else None, chapter))
             position = stop
         if position < len(audio):
@@ -370,7 +378,9 @@ def _skip(skipped: Counter[str], error: SpeechSSMError) -> None:
     logger.warning("skipped: %s", error)
 
 
-def _join(entry: _Candidate, pieces: Iterable[tuple[np.ndarray, str | None, str]]) -> Document:
+def _join(
+    entry: _Candidate, rate: int, pieces: Iterable[tuple[np.ndarray, str | None, str]]
+) -> Document:
     """One document of consecutive pieces of audio with their text and chapter."""
     parts, utterances, position = [], [], 0
     for audio, text, chapter in pieces:
@@ -380,4 +390,4 @@ def _join(entry: _Candidate, pieces: Iterable[tuple[np.ndarray, str | None, str]
         utterances.append(Utterance(position, position + len(audio), text, chapter))
         position += len(audio)
     pcm = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int16)
-    return Document(entry.name, entry.speaker, pcm, tuple(utterances), entry.synthetic)
+    return Document(entry.name, entry.speaker, pcm, tuple(utterances), entry.synthetic, rate)

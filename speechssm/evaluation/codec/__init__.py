@@ -1,0 +1,1 @@
+"""How close are codecs to the original? One file per part, `evaluate.py` puts them together."""
