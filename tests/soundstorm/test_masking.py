@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from speechssm.soundstorm.masking import Draws, apply_mask, draw, training_mask
+from speechssm.soundstorm.masking import Draws, apply_mask, draw, drawn_levels, training_mask
 
 ROWS, FRAMES, LEVELS = 4096, 40, 6
 
@@ -48,6 +48,15 @@ def test_prompt_and_level_are_uniform_for_each_sample(drawn):
     share = torch.bincount(mask.level_B, minlength=LEVELS) / ROWS
     assert (share - 1 / LEVELS).abs().max() < 5 * math.sqrt(1 / LEVELS / ROWS)
     assert len(mask.prompt_B.unique()) > 10
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_level_one_can_have_a_share_of_its_own_and_the_others_divide_the_rest(share):
+    uniform_B = torch.rand(ROWS, generator=torch.Generator().manual_seed(3))
+    found = torch.bincount(drawn_levels(uniform_B, LEVELS, share), minlength=LEVELS) / ROWS
+    expected = torch.tensor([share, *[(1 - share) / (LEVELS - 1)] * (LEVELS - 1)])
+    assert (found - expected).abs().max() < 5 * math.sqrt(0.25 / ROWS)
+    assert len(found) == LEVELS
 
 
 def test_masked_share_follows_the_cosine_of_a_uniform_angle(drawn):

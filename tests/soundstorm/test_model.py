@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from speechssm.errors import ConfigError
-from speechssm.soundstorm.loss import evaluate_levels, masked_score
+from speechssm.soundstorm.loss import evaluate_levels, finer_loss, masked_score, masked_states
 from speechssm.soundstorm.masking import draw, training_mask
 from speechssm.soundstorm.model import SoundStorm
 
@@ -151,6 +151,27 @@ def test_held_out_figures_repeat_and_start_near_the_uniform_distribution(model):
         assert abs(nats - torch.tensor(13.0).log().item()) < 0.3
 
 
+@torch.inference_mode()
+def test_a_bfloat16_conformer_says_nearly_the_same_and_leaves_the_model_as_it_was(model):
+    codes_BQT, units_BU = batch()
+    faster = model.for_decoding("bf16-true")
+    exact, rounded = model(codes_BQT, units_BU), faster(codes_BQT, units_BU)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, atol=0.1, rtol=0.05)
+    assert faster.head_weight_QCD is model.head_weight_QCD
+    assert faster.conformer_dtype == torch.bfloat16 and model.conformer_dtype == torch.float32
+    assert model.for_decoding().conformer is model.conformer
+    with pytest.raises(ConfigError, match="precision=fp8 is unknown"):
+        model.for_decoding("fp8")
+
+
+def test_compiling_is_for_one_shape_each_and_of_the_conformer_alone(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: asked.append((a, k)) or a[0])
+    assert model.for_decoding(compile=True).conformer is model.conformer
+    assert asked == [((model.conformer,), {"dynamic": False})]
+
+
 @pytest.mark.parametrize(("levels", "frames"), [(2, 12), (3, 11)])
 def test_codes_of_another_codec_or_length_are_refused_in_one_line(model, levels, frames):
     with pytest.raises(ConfigError) as caught:
@@ -174,3 +195,19 @@ def test_configs_have_the_published_size(name, layers, millions):
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions[0] <= count <= millions[1]
     assert len(model.conformer.layers) == layers
+
+
+def test_finer_levels_are_predicted_after_the_prompt_and_never_at_the_last_level(model):
+    codes_BQT, units_BU = batch(rows=3)
+    length_B = torch.tensor([12, 10, 12])
+    draws = draw(3, 12, generator=torch.Generator().manual_seed(5))
+    mask = training_mask(draws, length_B, 3, level_B=torch.tensor([0, 1, 2]))
+    hidden_BTD = masked_states(model, codes_BQT, units_BU, length_B, mask)
+    uniform_NB = torch.tensor([[0.0, 0.0, 0.0], [0.99, 0.99, 0.99]])
+    loss = finer_loss(model, hidden_BTD, codes_BQT, length_B, mask, uniform_NB)
+    expected = []
+    for row, level in ((0, 1), (0, 2), (1, 2), (1, 2)):  # both draws of row 1 are its only one
+        first, stop = int(mask.prompt_B[row]), int(length_B[row])
+        log_TC = model.logits(hidden_BTD[row : row + 1, first:stop], level)[0].log_softmax(-1)
+        expected.append(-log_TC.gather(1, codes_BQT[row, level, first:stop, None]))
+    assert loss.item() == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from speechssm.errors import ConfigError
 from speechssm.loading import load
+from speechssm.nn import initial_weights
 from speechssm.soundstorm.module import SoundStormModule
 
 LEVELS, CODES, UNITS, ROWS, LENGTH = 3, 16, 12, 8, 20
@@ -67,6 +69,40 @@ def test_every_level_beats_its_unigram_on_held_out_codes(tmp_path):
         assert 0.4 < metrics[f"val/accuracy_level_{level + 1}"] <= 0.97
     levels = [metrics[f"val/loss_level_{level + 1}"] for level in range(LEVELS)]
     assert metrics["val/loss"] == pytest.approx(sum(levels) / LEVELS, abs=1e-5)
+
+
+def test_finer_levels_learn_from_the_passes_of_coarser_ones(tmp_path):
+    """With all rows at level 1 the other heads have no other teacher."""
+    lightning.seed_everything(1)
+    options = dict(first_level_share=1.0, finer_levels=2, finer_weight=1.0)
+    run = trainer(60, tmp_path)
+    module = SoundStormModule(MODEL, OPTIMIZER, **options)
+    run.fit(module, batches(60, 0))
+    assert "train/finer_loss" in run.logged_metrics
+    assert all(head_CD.abs().max() > 0 for head_CD in module.model.head_weight_QCD)
+    without = SoundStormModule(MODEL, OPTIMIZER, first_level_share=1.0)
+    trainer(2, tmp_path).fit(without, batches(2, 0))
+    assert [bool(head_CD.any()) for head_CD in without.model.head_weight_QCD] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_run_can_begin_with_the_weights_of_another(tmp_path, monkeypatch):
+    first = SoundStormModule(MODEL, OPTIMIZER)
+    monkeypatch.setattr(initial_weights, "other_network", lambda stage, name: first.model)
+    second = SoundStormModule(
+        MODEL, OPTIMIZER | {"learning_rate": 0.0, "weight_decay": 0.0}, initial_weights="first"
+    )
+    trainer(1, tmp_path).fit(second, batches(1, 0))
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(dict(second.model.named_parameters())[name], parameter), name
+
+
+def test_a_share_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match=r"first_level_share=2: from 0 to 1"):
+        SoundStormModule(MODEL, OPTIMIZER, first_level_share=2)
 
 
 def test_validation_repeats_whatever_happened_before(tmp_path):
