@@ -142,6 +142,7 @@ def choose_material(
     fit_hours: float | None = None,
     synthetic: bool = False,
     corpus: Mapping[str, Any] | None = None,
+    probes: bool = True,
     rate: int = RATE,
     seed: int = 0,
     progress: Callable[[str, int], Callable[[], None]] | None = None,
@@ -158,6 +159,8 @@ def choose_material(
             turn. None: everything.
         synthetic: take synthetic speech too; otherwise it is left out and counted.
         corpus: options of `FolderCorpus`: heldout_speakers, heldout_sets, leave_out.
+        probes: False where nothing is trained on what is not measured: of a folder all of it is
+            measured then, unless `corpus` says what is held out.
         rate: at which documents are read, in Hz.
         seed: of the choice.
         progress: called with a title and a number of steps; returns what is called at each step.
@@ -168,7 +171,7 @@ def choose_material(
     skipped: Counter[str] = Counter()
     options = {key: value for key, value in (corpus or {}).items() if value}
     heldout_all, fit_all, known = _both_sides(
-        Path(data), Path(fit) if fit else None, options, (max_hours, fit_hours), seed
+        Path(data), Path(fit) if fit else None, probes, options, (max_hours, fit_hours), seed
     )
 
     def real(candidates: list[_Candidate]) -> list[_Candidate]:
@@ -195,18 +198,21 @@ def choose_material(
                 apart
             )
             heldout_all = apart
-    return Material(_choose(heldout_all, max_hours, seed), chosen_fit, known, skipped, progress, rate)
+    return Material(
+        _choose(heldout_all, max_hours, seed), chosen_fit, known, skipped, progress, rate
+    )
 
 
 def _both_sides(
     data: Path,
     fit: Path | None,
+    probes: bool,
     options: dict[str, Any],
     hours: tuple[float | None, float | None],
     seed: int,
 ) -> tuple[list[_Candidate], list[_Candidate], bool]:
     """Candidates to measure and to fit on, and whether the measured ones' speakers are known."""
-    fit_side: list[_Candidate] | None = None
+    fit_side: list[_Candidate] | None = None if probes else []
     if fit is not None:
         if _is_shards(fit, "train"):
             fit_side = _shard_candidates(fit / "train", hours[1], seed)

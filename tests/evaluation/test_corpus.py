@@ -67,6 +67,15 @@ def test_pieces_of_a_document_are_joined_in_order(tmp_path):
     assert speakers(material.fit) == {"b"}
 
 
+def test_where_nothing_is_fitted_all_of_a_folder_is_measured(tmp_path):
+    folder = write_folder(tmp_path, [(f"{name}.flac", name, "c", 1.0) for name in "abcd"])
+    assert len(choose_material(folder).heldout) < 4
+    material = choose_material(folder, probes=False)
+    assert speakers(material.heldout) == set("abcd") and material.fit == []
+    named = choose_material(folder, probes=False, corpus={"heldout_speakers": ["a", "b"]})
+    assert speakers(named.heldout) == {"a", "b"}
+
+
 def test_synthetic_speech_is_left_out_unless_it_is_asked_for(tmp_path):
     heldout = [("a", [1.0], False), ("machine", [1.0], True)]
     folder = write_shards(tmp_path, heldout, [("b", [1.0], False)])

@@ -66,10 +66,10 @@ class Options:
                 )
         least = {
             "minutes": 0.1, "span_seconds": LEAST_SPAN_SECONDS, "naturalness_spans": 0,
-            "word_minutes": 0, "joints": 0, "temperature": 0, "examples": 0,
+            "word_minutes": 0, "joints": 0, "temperature": 0, "examples": 0, "voices": 2,
         }  # fmt: skip
         for name, smallest in least.items():
-            if not getattr(self, name) >= smallest:
+            if getattr(self, name) is not None and not getattr(self, name) >= smallest:
                 raise ConfigError(
                     f"options.acoustic.{name}={getattr(self, name)}: at least {smallest:g}"
                 )

@@ -23,7 +23,7 @@ SEAM_MEASURES = {
     "distillmos": ("DistillMOS", "MOS"),
     "speaker_similarity": ("speaker similarity", "cosine"),
     "mel_flux": ("mel flux, 5 s", "nats"),
-    "mel_flux_narrow": ("mel flux, 0.1 s", "nats"),
+    "mel_flux_narrow": ("mel flux, 40 ms", "nats"),
 }
 
 

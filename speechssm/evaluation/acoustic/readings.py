@@ -196,8 +196,10 @@ def _passage_texts(passage: Passage, end: float, longest: float) -> list[Text]:
     pieces: list[Text] = []
     for utterance in passage.document.utterances:
         start, stop = ((edge - passage.start) / RATE for edge in (utterance.start, utterance.stop))
-        if start < 0 or stop > end:
-            continue  # begins in the voice prompt, or is cut off
+        if utterance.text is None:
+            start, stop = max(start, 0.0), min(stop, end)
+        if start < 0 or stop > end or start >= stop:
+            continue  # words that begin in the voice prompt, or are cut off
         long = stop - start > longest
         if utterance.text is None and long:
             edges = np.arange(start, stop - longest + 1e-6, longest)

@@ -133,7 +133,7 @@ def write(
     if limits:
         tables.append("## Against the limits\n\n" + _limits_table(limits).markdown())
     voices = _voices(spoken, listener)
-    if any(len(entry) > 3 for entry in voices):
+    if strangers:
         tables.append("## Voices\n\n" + _voices_table(voices).markdown())
     text = "\n\n".join([tables[0], _explanation(spoken, listener, options), *tables[1:]])
     curves = curves_over_time(listener, [*ours, CODEC, RECORDINGS], options, seed)
@@ -337,25 +337,36 @@ def _voices(spoken: Spoken, listener: Listener) -> list[dict[str, Any]]:
                 for reading in spoken.readings
                 if reading.voice is voice
             },
+            "systems": {},
         }
-        for name in (*SYSTEMS.values(), RECORDINGS):
+        for name in (*SYSTEMS.values(), CODEC, RECORDINGS):
             heard = listener.heard_of(name, voice.name)
-            for measure in ("similarity", "ranked_first", "distillmos"):
-                value = mean_over_voices(heard, measure, 0)
-                if value is not None:
-                    entry[f"{measure}: {name}"] = round(value.value, 4)
+            means = {
+                measure: mean_over_voices(heard, measure, 0)
+                for measure in ("similarity", "ranked_first", "distillmos")
+            }
+            entry["systems"][name] = {
+                measure: round(mean.value, 4) for measure, mean in means.items() if mean
+            }
         found.append(entry)
     return found
 
 
 def _voices_table(voices: Sequence[Mapping[str, Any]]) -> Table:
-    keys = list(dict.fromkeys(key for entry in voices for key in entry if ": " in key))
+    shown = [*SYSTEMS.values(), RECORDINGS]
     lines = []
     for entry in voices:
+        cells = []
+        for name in shown:
+            found = entry["systems"][name]
+            cell = f"{found['similarity']:.3f}" if "similarity" in found else "–"
+            if "ranked_first" in found:
+                cell += f" ({found['ranked_first']:.2f})"
+            cells.append(cell)
         rounds = ", ".join(f"{text} {count:g}" for text, count in entry["rounds"].items())
-        cells = ["–" if key not in entry else f"{entry[key]:.2f}" for key in keys]
         lines.append([entry["voice"], f"{entry['own_seconds']:.0f}", rounds, *cells])
-    return Table(["voice", "own speech, s", "texts said × times", *keys], lines)
+    columns = ["voice", "own speech, s", "times that texts are said", *shown]
+    return Table(columns, lines, "Similarity, and in brackets the share of spans ranked first.")
 
 
 def _explanation(spoken: Spoken, listener: Listener, options: Options) -> str:

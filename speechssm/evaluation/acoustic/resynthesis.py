@@ -100,6 +100,7 @@ def evaluate_resynthesis(
                 name: list(getattr(options, name))
                 for name in ("heldout_speakers", "heldout_sets", "leave_out")
             },
+            probes=False,
             seed=seed,
             progress=begin,
         )

@@ -18,7 +18,7 @@ from speechssm.audio.features import LogMel
 from speechssm.evaluation.statistics import Interval, grouped_mean
 
 # Half of the narrow window around a moment in which an audible cut would lie.
-NARROW_SECONDS = 0.05
+NARROW_SECONDS = 0.02
 
 
 class SeamHeard(NamedTuple):
@@ -56,8 +56,8 @@ def mel_flux(audio_S: np.ndarray, rate: int) -> dict[str, float]:
 
     `mel_flux` is the mean absolute difference of natural-log mel energies (80 bands, windows of
     25 ms every 10 ms) between neighbouring frames, over frames and bands; `mel_flux_narrow` the
-    same over the frames that touch the 50 ms before and after the middle of the audio: there a
-    click, a step in level or a cut in pitch stands out that 5 s would hide.
+    same over the changes within 20 ms of the middle of the audio: there a click, a step in level
+    or a cut in pitch stands out that 5 s would hide.
     """
     with torch.inference_mode():
         mel_TM = _log_mel(rate)(torch.from_numpy(np.ascontiguousarray(audio_S))[None])[0]

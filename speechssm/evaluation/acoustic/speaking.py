@@ -20,12 +20,13 @@ class _SharedWindows(Synthesizer):
 
     def __init__(self, windows: dict[int, np.ndarray], *arguments, **options):
         super().__init__(*arguments, **options)
-        self._windows = windows
+        self._shared = windows
 
-    def _window(self, index: int, content: np.ndarray) -> np.ndarray:
-        if index not in self._windows:
-            self._windows[index] = super()._window(index, content)
-        return self._windows[index]
+    def _windows(self, index: int, contents: Sequence[np.ndarray]) -> np.ndarray:
+        numbers = range(index, index + len(contents))
+        if not all(number in self._shared for number in numbers):
+            self._shared.update(zip(numbers, super()._windows(index, contents), strict=True))
+        return np.stack([self._shared[number] for number in numbers])
 
 
 def joined_ways(
