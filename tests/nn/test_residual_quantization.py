@@ -173,3 +173,38 @@ def test_levels_outside_the_codec_are_refused(levels):
 def test_codes_of_another_codec_are_refused(codes, message):
     with pytest.raises(FingerprintError, match=message):
         make().decode(codes)
+
+
+def trained_on(x_BTD: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    """State after a k-means start and three steps on a rank's rows."""
+    quantizer = make(ema_decay=0.8, **options)
+    quantizer.fit(x_BTD, iterations=3)
+    for _ in range(3):
+        quantizer(x_BTD)
+    return quantizer.state_dict()
+
+
+def train_on_rank(rank: int, folder: str, x_BTD: torch.Tensor) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    for threshold in (0.0, 0.5):
+        state = trained_on(x_BTD[rank : rank + 1], dead_code_threshold=threshold)
+        torch.save(state, f"{folder}/{threshold}_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_hold_one_codebook_that_both_batches_made(tmp_path):
+    x_BTD = torch.randn(2, 60, 6)
+    torch.multiprocessing.spawn(train_on_rank, (str(tmp_path), x_BTD), nprocs=2)
+    for threshold in (0.0, 0.5):
+        first, second = (torch.load(tmp_path / f"{threshold}_{rank}.pt") for rank in (0, 1))
+        for name, value in first.items():
+            torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-6)
+        alone = trained_on(x_BTD[:1], dead_code_threshold=threshold)
+        errors = []
+        for state in (first, alone):  # on what the first rank has never seen
+            quantizer = make().eval()
+            quantizer.load_state_dict(state)
+            errors.append((quantizer(x_BTD[1:])[0] - x_BTD[1:]).square().mean().item())
+        assert errors[0] < 0.7 * errors[1], errors
