@@ -39,9 +39,7 @@ def evaluate_tokenizer(config: Mapping[str, Any], options: dict[str, Any]) -> li
     """`tokenizer` may be one run folder, weights, or a list of such."""
     from speechssm.evaluation.tokenizer.evaluate import Candidate, evaluate_tokenizer
 
-    named = config.get("tokenizer")
-    paths = [str(path) for path in named] if isinstance(named, (list, tuple)) else [named]
-    paths = [path for path in paths if path] or [named_model(config, "tokenizer")]
+    paths = named_models(config, "tokenizer")
     candidates = []
     for name, path in zip(short_names(paths), paths, strict=True):
         tokenizer = load("tokenizer", path, device=device_of(config), windows=config.get("windows"))
@@ -90,12 +88,31 @@ def masked_prediction(run: Run | None) -> tuple[float, float] | None:
 
 
 def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
+    """`codec` may be one run folder, weights, or a list of such."""
     from speechssm.evaluation.codec.evaluate import evaluate_codec
+    from speechssm.evaluation.codec.options import Options
+    from speechssm.evaluation.codec.systems import OurCodec
 
-    path = named_model(config, "codec")
-    codec = load("soundstream", path, device=device_of(config))
+    seed = options.pop("seed")
+    numbers = options.get("num_quantizers")
+    paths = named_models(config, "codec")
+    names = short_names(paths) if len(paths) > 1 else ["codec"]
+    codecs = [
+        OurCodec(
+            name,
+            load("soundstream", path, device=device_of(config)),
+            numbers,
+            run_details("soundstream", path),
+        )
+        for name, path in zip(names, paths, strict=True)
+    ]
     return evaluate_codec(
-        codec, config["data"], config["out"], details=run_details("soundstream", path), **options
+        codecs,
+        config["data"],
+        config["out"],
+        fit=config.get("fit"),
+        options=Options(**options),
+        seed=seed,
     )
 
 
@@ -190,6 +207,13 @@ def named_model(config: Mapping[str, Any], key: str) -> str:
     if not value:
         raise ConfigError(f"{key} is not set; add {key}=FOLDER, a run folder or weights")
     return str(value)
+
+
+def named_models(config: Mapping[str, Any], key: str) -> list[str]:
+    """The paths or names where the config may give one or a list."""
+    named = config.get(key)
+    paths = [str(path) for path in named if path] if isinstance(named, (list, tuple)) else []
+    return paths or [named_model(config, key)]
 
 
 def run_of(stage: str, path: str | Path) -> Run | None:

@@ -216,6 +216,32 @@ def plot_dots(
         return drawing
 
 
+def plot_rate_quality(
+    lines: Sequence[Line], y_label: str, *, original: float | None = None
+) -> Figure:
+    """Quality against bitrate: x in kbit/s on a logarithmic axis; a dotted line for the original's.
+
+    Args:
+        lines: one for each codec, a point for each of its bitrates.
+        original: the score of the unchanged recordings, where they have one.
+    """
+    with figure(7.2, 3.0) as (drawing, (axes,)):
+        draw_lines(axes, lines)
+        if original is not None:
+            axes.axhline(original, color=MUTED, linewidth=1.2, linestyle=":", label="original")
+        places = [value for line in lines for value in line.x]
+        low, high = min(places) * 0.85, max(places) * 1.18
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 6, 12, 24, 48) if low <= tick <= high]
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set(xlabel="kbit/s", ylabel=y_label)
+        legend(axes, columns=5)
+        return drawing
+
+
 def plot_memory(
     windows: Sequence[float],
     series: Sequence[Line],

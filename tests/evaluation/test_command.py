@@ -14,7 +14,7 @@ from speechssm.errors import CheckpointError, ConfigError, FingerprintError
 from speechssm.evaluation import command
 from speechssm.evaluation.acoustic.codes import evaluate_codes
 from speechssm.evaluation.acoustic.options import Options as AcousticOptions
-from speechssm.evaluation.codec.evaluate import evaluate_codec
+from speechssm.evaluation.codec.options import Options as CodecOptions
 from speechssm.evaluation.likelihood import evaluate_likelihood
 from speechssm.evaluation.tokenizer.evaluate import evaluate_tokenizer
 from speechssm.report.rows import read_results, read_rows
@@ -24,7 +24,7 @@ from speechssm.tokenizer.windowed import WindowedTokenizer
 
 FUNCTIONS = {
     "tokenizer": evaluate_tokenizer,
-    "codec": evaluate_codec,
+    "codec": CodecOptions,
     "acoustic": evaluate_codes,
     "likelihood": evaluate_likelihood,
 }

@@ -7,6 +7,7 @@ of waveforms are aligned to the sample. So bands give the delay, and waveforms c
 Shapes: S samples, D delays.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ def band_energies(audio_S: np.ndarray, rate: int) -> list[np.ndarray]:
     frequency = np.fft.rfftfreq(len(audio_S), 1 / rate)
     window = np.hanning(round(_SMOOTHING_SECONDS * rate) + 2)
     energies = []
-    for low, high in zip(_BANDS[:-1], _BANDS[1:], strict=True):
+    for low, high in itertools.pairwise(_BANDS):
         kept = spectrum * ((frequency >= low) & (frequency < high))
         band_S = np.fft.irfft(kept, len(audio_S))
         smooth_S = np.convolve(np.square(band_S), window / window.sum(), mode="same")

@@ -7,19 +7,17 @@ the container's.
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from speechssm.errors import ConfigError
+from speechssm.evaluation.codec.systems import Coded, PeerMissing, Setting
 
 CODEC2_MODES = ("3200", "2400", "1600", "1400", "1300", "1200", "700C")
 _TIMEOUT_SECONDS = 120
-
-
-class PeerMissing(ConfigError):
-    """A codec to compare with is not there; the message says what to install or name."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,11 @@ class Encoder:
     encoder: str
     format: str
     encoding: tuple[str, ...]
-    decoding: tuple[str, ...] = ()
+    decoding: tuple[str, ...]
 
 
 class FFmpegCodec:
-    """A codec that turns audio into a stream and back, at a real bitrate.
+    """Opus or Codec2 at one bitrate.
 
     Args:
         spec: `opus:6` (kbit/s; 6 to 510) or `codec2:3200` (bit/s, one of its modes).
@@ -43,8 +41,11 @@ class FFmpegCodec:
         PeerMissing: no ffmpeg, or it was built without this encoder.
     """
 
+    details: Mapping[str, Any] = {}
+
     def __init__(self, spec: str) -> None:
-        self._encoder, self.name = parse_spec(spec)
+        self._encoder, setting = parse_spec(spec)
+        self.settings, self.name = [setting], setting.name
         self._program = shutil.which("ffmpeg") or ""
         if not self._program:
             raise PeerMissing(
@@ -58,23 +59,22 @@ class FFmpegCodec:
                 "Debian and Ubuntu have it"
             )
 
-    def resynthesize(self, audio_S: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
-        """Encode and decode audio [S] at `rate` Hz (Opus: 8, 12, 16, 24 or 48 kHz).
-
-        Returns:
-            float32 [S'] at the same rate, perhaps a frame longer, with the codec's delay; and the
-            bits of the stream.
-        """
+    def resynthesize(self, audio_S: np.ndarray, rate: int) -> list[Coded]:
+        """See `System`; what comes out may be a frame longer."""
         pcm = ["-f", "f32le", "-ar", str(rate), "-ac", "1"]
         form = ["-f", self._encoder.format]
         samples = np.ascontiguousarray(audio_S, dtype="<f4").tobytes()
-        stream = self._run([*pcm, "-i", "pipe:0", *self._encoder.encoding, *form, "pipe:1"], samples)
+        stream = self._run(
+            [*pcm, "-i", "pipe:0", *self._encoder.encoding, *form, "pipe:1"], samples
+        )
         packets = stream
         if self._encoder.format == "ogg":  # "data" writes the packets without their container
             copy = ["-map", "0:a", "-c", "copy", "-f", "data"]
             packets = self._run([*form, "-i", "pipe:0", *copy, "pipe:1"], stream)
-        decoded = self._run([*form, *self._encoder.decoding, "-i", "pipe:0", *pcm, "pipe:1"], stream)
-        return np.frombuffer(decoded, dtype="<f4").astype(np.float32), 8 * len(packets)
+        decoded = self._run(
+            [*form, *self._encoder.decoding, "-i", "pipe:0", *pcm, "pipe:1"], stream
+        )
+        return [Coded(np.frombuffer(decoded, dtype="<f4").astype(np.float32), 8 * len(packets))]
 
     def _run(self, arguments: Sequence[str], data: bytes = b"") -> bytes:
         try:
@@ -92,8 +92,8 @@ class FFmpegCodec:
         return done.stdout
 
 
-def parse_spec(spec: str) -> tuple[Encoder, str]:
-    """How ffmpeg makes what `opus:6` or `codec2:3200` means, and how tables call it.
+def parse_spec(spec: str) -> tuple[Encoder, Setting]:
+    """How ffmpeg makes what `opus:6` or `codec2:3200` means, and the line of the table.
 
     Raises:
         ConfigError: neither of the two, or a bitrate that it does not have.
@@ -104,7 +104,8 @@ def parse_spec(spec: str) -> tuple[Encoder, str]:
             raise ConfigError(f"{spec}: Codec2 has the modes {', '.join(CODEC2_MODES)}")
         mode = ("-mode", value)
         encoding = ("-ar", "8000", "-c:a", "libcodec2", *mode)
-        return Encoder("libcodec2", "codec2raw", encoding, mode), f"Codec2 {value}"
+        setting = Setting(f"Codec2 {value}", "Codec2", float(value.rstrip("C")))
+        return Encoder("libcodec2", "codec2raw", encoding, mode), setting
     if kind == "opus":
         try:
             kilobits = float(value)
@@ -113,5 +114,8 @@ def parse_spec(spec: str) -> tuple[Encoder, str]:
         if not 6 <= kilobits <= 510:
             raise ConfigError(f"{spec}: Opus has 6 to 510 kbit/s, for instance opus:6")
         encoding = ("-c:a", "libopus", "-b:a", str(round(kilobits * 1000)))
-        return Encoder("libopus", "ogg", encoding), f"Opus {kilobits:g}k"
-    raise ConfigError(f"{spec!r} is no codec to compare with; give opus:KBITS or codec2:MODE")
+        setting = Setting(f"Opus {kilobits:g}k", "Opus", 1000 * kilobits)
+        return Encoder("libopus", "ogg", encoding, ()), setting
+    raise ConfigError(
+        f"{spec!r} is no codec to compare with; give opus:KBITS, codec2:MODE or transformers:FOLDER"
+    )
