@@ -26,7 +26,7 @@ from speechssm.evaluation.acoustic.summary import (
 from speechssm.evaluation.results import write_results
 from speechssm.evaluation.statistics import Interval, grouped_mean
 from speechssm.report.rows import Comparison, Row
-from speechssm.report.tables import Table, format_interval
+from speechssm.report.tables import Table
 
 # What a voice that is held, and a joint that cannot be heard, look like.
 LEAST_SIMILARITY, MOST_DRIFT, LEAST_RANKED_FIRST = 0.80, 0.02, 0.90
@@ -227,17 +227,13 @@ def _systems_table(figures: Sequence[SystemFigures], floor: Interval | None) -> 
         cell("similarity ↑", each.similarity, 3)
         cell("first minute", move.first if move else None, 3)
         cell("last minute", move.last if move else None, 3)
-        text = "–"
-        if move is not None:
-            low, high = move.difference.low, move.difference.high
-            text = f"{move.difference.value:+.3f}"
-            text += "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
-        columns.setdefault("drift", []).append(text)
+        columns.setdefault("drift", []).append(_signed(move.difference if move else None, 3))
         cell("ranked first ↑", each.ranked_first, 2)
         for score in ("distillmos", "dnsmos_overall"):
             cell(f"{SCORES[score]} ↑", each.scores.get(score), 2)
         move = each.distillmos_drift
-        cell("DistillMOS drift", move.difference if move else None, 2)
+        text = _signed(move.difference if move else None, 2)
+        columns.setdefault("DistillMOS drift", []).append(text)
         for kind, title in (("to_transcript", "WER ↓"), ("to_recording", "WER to recording ↓")):
             found = each.word_error.get(kind)
             cell(title, found[0] if found else None, 3)
@@ -252,6 +248,16 @@ def _systems_table(figures: Sequence[SystemFigures], floor: Interval | None) -> 
     return Table(["system", *kept], lines)
 
 
+def _signed(value: Interval | None, digits: int) -> str:
+    """`+0.012 [-0.003, +0.027]`, or a dash."""
+    if value is None:
+        return "–"
+    text = f"{value.value:+.{digits}f}"
+    if value.low is None:
+        return text
+    return f"{text} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+
+
 def _seams_table(seams: Mapping[str, Mapping[str, SeamDifference]]) -> Table:
     lines = []
     for name, measures in seams.items():
@@ -263,7 +269,7 @@ def _seams_table(seams: Mapping[str, Mapping[str, SeamDifference]]) -> Table:
                     name,
                     f"{found.joint:.3f}",
                     f"{found.centre:.3f}",
-                    format_interval(difference.value, difference.low, difference.high),
+                    _signed(difference, 3),
                     str(found.joints),
                     str(difference.n),
                 ]
@@ -377,9 +383,10 @@ def _explanation(spoken: Spoken, listener: Listener, options: Options) -> str:
     lines = [
         f"{len(spoken.readings)} readings of {options.minutes:g} min ({seconds / 60:.0f} min in "
         f"all) with {len(spoken.voices)} held-out voices, each out of 3 s of a recording that are "
-        f"spoken nowhere else; {len(own)} voices say their own recordings again. {again} readings "
-        "are longer than their recordings, which then begin again."
+        f"spoken nowhere else; {len(own)} voices say their own recordings again."
     ]
+    if again:
+        lines[0] += f" {again} readings are longer than their recordings, which then begin again."
     kinds = {
         kind: sum(getattr(entry, kind)[1] for entry in listener.words
                   if entry.system == CODEC and getattr(entry, kind) is not None)
