@@ -7,7 +7,9 @@ Sound leaves as soon as a window's units are there, and nothing that is kept gro
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,6 +36,7 @@ from speechssm.soundstorm.synthesis import (
 logger = logging.getLogger(__name__)
 
 MIN_PROMPT_SECONDS = 1.0
+BLOCK_UNITS = 25  # that the language model hands over at a time: one second
 SILENCE_PEAK = 1e-3
 CLIPPING_LEVEL, CLIPPING_SHARE = 0.999, 0.01
 
@@ -69,7 +72,11 @@ def generate(
     first_window_seconds: float | None = None,
     crossfade_seconds: float = 0.0,
     iterations: Sequence[int] = PAPER_ITERATIONS,
+    schedule: str = "cosine",
     acoustic_temperature: float = 1.0,
+    acoustic_precision: str = "32-true",
+    acoustic_compile: bool = False,
+    ahead: bool = False,
     voice: tuple[np.ndarray, int] | None = None,
     prompt_name: str = "prompt",
 ) -> Iterator[Chunk]:
@@ -86,7 +93,11 @@ def generate(
             `acoustic_temperature`: of SoundStorm.
         include_prompt: begin with the resynthesised prompt.
         window_seconds, overlap_seconds, first_window_seconds, crossfade_seconds: see
-            `soundstorm.synthesis.window_plan`; iterations: see `soundstorm.decoding.decode`.
+            `soundstorm.synthesis.window_plan`; iterations, schedule: see
+            `soundstorm.decoding.decode`.
+        acoustic_precision, acoustic_compile: see `SoundStorm.for_decoding`.
+        ahead: the language model goes on in a thread of its own, up to a window ahead, while
+            SoundStorm and codec make sound. The same speech, for the units of one more window.
         voice: (audio, rate) of another voice to speak with; default the prompt's first 3 s, and
             without a prompt the voice that comes with the package.
         prompt_name: what error messages call the prompt.
@@ -126,8 +137,11 @@ def generate(
         first_window_seconds=first_window_seconds,
         crossfade_seconds=crossfade_seconds,
         iterations=iterations,
+        schedule=schedule,
         temperature=acoustic_temperature,
         seed=seed,
+        precision=acoustic_precision,
+        compile=acoustic_compile,
     )
     units = continuation(
         lm,
@@ -139,7 +153,25 @@ def generate(
         seed=seed,
         include_prompt=include_prompt,
     )
+    if ahead:
+        units = made_ahead(units, max(1, synthesizer.plan.hop // BLOCK_UNITS))
     return stream(units, synthesizer)
+
+
+def made_ahead(blocks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The same blocks, made by a thread of its own while the caller is busy, up to `count` ahead.
+
+    An exception in the thread is raised where its block would have come. The thread ends with the
+    blocks, or when this iterator is closed, after the block that it is making.
+    """
+    with ThreadPoolExecutor(1, "language-model") as thread:
+        try:
+            pending = deque(thread.submit(next, blocks, None) for _ in range(count))
+            while (block := pending.popleft().result()) is not None:
+                pending.append(thread.submit(next, blocks, None))
+                yield block
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def units_in(seconds: float, rate: float) -> int:
@@ -160,7 +192,9 @@ def continuation(
     if prompt_units is not None and include_prompt:
         yield prompt_units
     prompt_BT = None if prompt_units is None else torch.from_numpy(prompt_units)[None]
-    for block_BN in generate_units(lm, prompt_BT, seed=seed, max_units=max_units, **drawing):
+    for block_BN in generate_units(
+        lm, prompt_BT, chunk=BLOCK_UNITS, seed=seed, max_units=max_units, **drawing
+    ):
         yield block_BN[0]
 
 

@@ -2,7 +2,10 @@
 tokenizer and language model that are simple enough to count and to check."""
 
 import gc
+import itertools
 import logging
+import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -148,6 +151,58 @@ def test_speech_without_end_keeps_coming_in_the_same_memory(models):
     tracemalloc.stop()
     assert len(set(live)) == 1
     assert max(peaks[1:]) < peaks[0] + 50_000
+
+
+def test_units_made_ahead_are_the_same_speech(models):
+    plain = join(generate(speech(3), RATE, 60.0, 0, **models))
+    models["lm"].fed.clear()
+    ahead = join(generate(speech(3), RATE, 60.0, 0, ahead=True, **models))
+    assert np.array_equal(plain[0], ahead[0]) and np.array_equal(plain[1], ahead[1])
+
+
+def test_blocks_are_made_ahead_up_to_the_bound_and_no_longer_than_they_are_wanted():
+    made, closed = [], threading.Event()
+
+    def blocks():
+        try:
+            for index in itertools.count():
+                made.append(threading.current_thread().name)
+                yield np.full(1, index)
+        finally:
+            closed.set()
+
+    stream = pipeline.made_ahead(blocks(), 3)
+    assert not made  # nothing is made before it is asked for
+    assert [int(next(stream)[0]) for _ in range(5)] == list(range(5))
+    wait_until(lambda: len(made) == 8)
+    assert threading.current_thread().name not in made
+    stream.close()
+    assert len(made) == 8
+    del stream
+    gc.collect()
+    assert closed.wait(5)
+    assert not [t for t in threading.enumerate() if t.name.startswith("language-model")]
+
+
+def test_what_goes_wrong_ahead_is_raised_where_its_block_would_have_come():
+    def blocks():
+        yield np.zeros(1)
+        yield np.ones(1)
+        raise ConfigError("logits are not finite")
+
+    stream = pipeline.made_ahead(blocks(), 5)
+    assert next(stream)[0] == 0 and next(stream)[0] == 1
+    with pytest.raises(ConfigError, match="not finite"):
+        next(stream)
+    assert len(list(pipeline.made_ahead(iter([np.zeros(2)] * 3), 9))) == 3
+
+
+def wait_until(condition, seconds=5.0):
+    """Until a thread has come so far."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
 
 
 def test_a_real_language_model_speaks_and_a_seed_repeats(models):

@@ -1,15 +1,16 @@
 """Confidence decoding: from units to codes in (16, 1, 1, ...) forward passes.
 
 Level after level, coarse to fine. Within a level the least certain guesses stay masked after each
-pass, as many as a cosine schedule says, and are guessed again. All shapes and counts follow from
-the window's length, so one compiled graph serves every window.
+pass, as many as a schedule says, and are guessed again. All shapes and counts follow from the
+window's length, so one compiled graph serves every window, and only frames that are still open
+are guessed: how many there are is known before the pass.
 
 Shapes: B batch, Q quantiser levels, T codec frames, U units, P prompt frames, N content frames
-(T - P), C codebook size, I passes of one level.
+(T - P), M of these still open (masked), C codebook size, I passes of one level.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,12 @@ from speechssm.errors import ConfigError
 from speechssm.soundstorm.model import SoundStorm
 
 PAPER_ITERATIONS = (16, 1)
+# Share of a level's frames that stays masked when a share of its passes is over. The cosine
+# decides few frames at first, when little is known, and many at the end.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: math.cos(math.pi / 2 * done),
+    "linear": lambda done: 1 - done,
+}
 
 
 class Noise(NamedTuple):
@@ -43,14 +50,14 @@ def iterations_per_level(iterations: Sequence[int], num_quantizers: int) -> tupl
     return iterations + iterations[-1:] * (num_quantizers - len(iterations))
 
 
-def masked_after(iteration: int, iterations: int, frames: int) -> int:
-    """Frames that are still masked after 0-based pass `iteration`: the cosine schedule.
+def masked_after(iteration: int, iterations: int, frames: int, schedule: str = "cosine") -> int:
+    """Frames that are still masked after 0-based pass `iteration`.
 
     Every pass decides at least one frame as long as there is one, and the last decides all.
     """
     if iteration + 1 >= iterations:
         return 0
-    kept = math.floor(frames * math.cos(math.pi / 2 * (iteration + 1) / iterations))
+    kept = math.floor(frames * SCHEDULES[schedule]((iteration + 1) / iterations))
     return max(0, min(kept, frames - iteration - 1))
 
 
@@ -69,19 +76,26 @@ def draw_noise(
     return Noise(uniform_B2IN[:, 0], uniform_B2IN[:, 1])
 
 
+def check_schedule(schedule: str) -> str:
+    """The schedule's name; raises ConfigError for one that there is not."""
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"schedule={schedule} is unknown; choose one of: {', '.join(SCHEDULES)}")
+    return schedule
+
+
 def _guess(
-    logits_BNC: torch.Tensor, uniform_BN: torch.Tensor | None, temperature: float
+    logits_BMC: torch.Tensor, uniform_BM: torch.Tensor | None, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A code of each frame and its log probability: sampled, or the best one without draws."""
-    if uniform_BN is None or temperature == 0:
-        log_probability_BNC = logits_BNC.log_softmax(-1)
-        return log_probability_BNC.max(-1)[::-1]
-    log_probability_BNC = (logits_BNC / temperature).log_softmax(-1)
+    if uniform_BM is None or temperature == 0:
+        log_probability_BMC = logits_BMC.log_softmax(-1)
+        return log_probability_BMC.max(-1)[::-1]
+    log_probability_BMC = (logits_BMC / temperature).log_softmax(-1)
     # Inverse of the distribution function: one draw a frame instead of one a code.
-    cumulative_BNC = log_probability_BNC.exp().cumsum(-1)
-    threshold_BN1 = (uniform_BN * cumulative_BNC[..., -1])[..., None]
-    code_BN = (cumulative_BNC < threshold_BN1).sum(-1).clamp(max=logits_BNC.shape[-1] - 1)
-    return code_BN, log_probability_BNC.gather(-1, code_BN[..., None])[..., 0]
+    cumulative_BMC = log_probability_BMC.exp().cumsum(-1)
+    threshold_BM1 = (uniform_BM * cumulative_BMC[..., -1])[..., None]
+    code_BM = (cumulative_BMC < threshold_BM1).sum(-1).clamp(max=logits_BMC.shape[-1] - 1)
+    return code_BM, log_probability_BMC.gather(-1, code_BM[..., None])[..., 0]
 
 
 def _decode_level(
@@ -91,40 +105,40 @@ def _decode_level(
     level: int,
     iterations: int,
     prompt_frames: int,
+    schedule: str,
     temperature: float,
     noise: Noise | None,
-) -> torch.Tensor:
-    """Fills one level; the content of this level and of all finer ones enters masked."""
-    frames = codes_BQT.shape[-1] - prompt_frames
+) -> None:
+    """Fills one level in place; its content and that of all finer levels enters masked."""
+    batch, _, length = codes_BQT.shape
+    frames = length - prompt_frames
+    open_BM = torch.arange(frames, device=codes_BQT.device).expand(batch, -1)
     for iteration in range(iterations):
-        hidden_BTD = model(codes_BQT, units_BU)
-        logits_BNC = model.logits(hidden_BTD[:, prompt_frames:], level).float()
-        draws_BN = noise.code_BIN[:, iteration] if noise is not None else None
-        guess_BN, confidence_BN = _guess(logits_BNC, draws_BN, temperature)
-        current_BN = codes_BQT[:, level, prompt_frames:]
-        open_BN = current_BN == model.mask_id
-        filled_BN = torch.where(open_BN, guess_BN, current_BN)
-        remaining = masked_after(iteration, iterations, frames)
-        if remaining:
-            if noise is not None:
-                # Gumbel noise that fades out: early passes explore, late ones trust the model.
-                fade = temperature * (1 - (iteration + 1) / iterations)
-                gumbel_BN = -torch.log(-torch.log(noise.confidence_BIN[:, iteration]))
-                confidence_BN = confidence_BN + fade * gumbel_BN
-            # What was decided in an earlier pass stays.
-            confidence_BN = torch.where(
-                open_BN, confidence_BN, torch.full_like(confidence_BN, torch.inf)
+        hidden_BND = model(codes_BQT, units_BU)[:, prompt_frames:]
+        remaining = masked_after(iteration, iterations, frames, schedule)
+        if open_BM.shape[1] < frames:
+            hidden_BND = hidden_BND.gather(
+                1, open_BM[..., None].expand(-1, -1, hidden_BND.shape[-1])
             )
-            order_BN = confidence_BN.argsort(dim=-1, stable=True)
-            rank_BN = order_BN.argsort(dim=-1)
-            filled_BN = torch.where(
-                rank_BN < remaining, torch.full_like(filled_BN, model.mask_id), filled_BN
-            )
-        level_BT = torch.cat([codes_BQT[:, level, :prompt_frames], filled_BN], dim=-1)
-        codes_BQT = torch.cat(
-            [codes_BQT[:, :level], level_BT[:, None], codes_BQT[:, level + 1 :]], dim=1
-        )
-    return codes_BQT
+        logits_BMC = model.logits(hidden_BND, level).float()
+        level_BN = codes_BQT[:, level, prompt_frames:]
+        if noise is None and not remaining:
+            level_BN.scatter_(1, open_BM, logits_BMC.argmax(-1))
+            return
+        draws_BM = noise.code_BIN[:, iteration].gather(1, open_BM) if noise is not None else None
+        guess_BM, confidence_BM = _guess(logits_BMC, draws_BM, temperature)
+        level_BN.scatter_(1, open_BM, guess_BM)
+        if not remaining:
+            return
+        if noise is not None:
+            # Gumbel noise that fades out: early passes explore, late ones trust the model.
+            fade = temperature * (1 - (iteration + 1) / iterations)
+            uniform_BM = noise.confidence_BIN[:, iteration].gather(1, open_BM)
+            confidence_BM = confidence_BM - fade * torch.log(-torch.log(uniform_BM))
+        # The least certain stay open, in the order of time; what was decided before stays decided.
+        least_BM = confidence_BM.argsort(dim=-1, stable=True)[:, :remaining]
+        open_BM = open_BM.gather(1, least_BM.sort(dim=-1).values)
+        level_BN.scatter_(1, open_BM, model.mask_id)
 
 
 @torch.inference_mode()
@@ -134,6 +148,7 @@ def decode(
     prompt_codes_BQP: torch.Tensor,
     *,
     iterations: Sequence[int] = PAPER_ITERATIONS,
+    schedule: str = "cosine",
     temperature: float = 1.0,
     seeds: Sequence[int] | int = 0,
 ) -> torch.Tensor:
@@ -146,6 +161,7 @@ def decode(
         units_BU: int64, of the prompt and the content, T = U * unit_repeat frames.
         prompt_codes_BQP: int64, codes of the first P frames, 0 <= P < T.
         iterations: passes per level; a short sequence is extended by its last entry.
+        schedule: cosine (the paper's) or linear: how many frames each pass of a level decides.
         temperature: of level 1; 0 takes the best code there too.
         seeds: one per row, or one number for all rows (row r then uses (seed, r)).
 
@@ -153,11 +169,12 @@ def decode(
         codes_BQT, int64, no mask ids left.
 
     Raises:
-        ConfigError: levels, lengths, iterations or seeds that do not fit.
+        ConfigError: levels, lengths, iterations, schedule or seeds that do not fit.
     """
     batch, levels, prompt_frames = prompt_codes_BQP.shape
     frames = units_BU.shape[1] * model.unit_repeat - prompt_frames
     passes = iterations_per_level(iterations, model.num_quantizers)
+    check_schedule(schedule)
     if levels != model.num_quantizers:
         raise ConfigError(
             f"prompt codes have {levels} levels, SoundStorm was built for "
@@ -180,13 +197,14 @@ def decode(
     codes_BQT = torch.cat([prompt_codes_BQP, masked_BQN], dim=-1)
     noise = draw_noise(seeds, passes[0], frames, units_BU.device) if temperature > 0 else None
     for level in range(levels):
-        codes_BQT = _decode_level(
+        _decode_level(
             model,
             codes_BQT,
             units_BU,
             level,
             passes[level],
             prompt_frames,
+            schedule,
             temperature if level == 0 else 0.0,
             noise if level == 0 else None,
         )

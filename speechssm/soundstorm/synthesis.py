@@ -17,7 +17,12 @@ import numpy as np
 import torch
 
 from speechssm.errors import ConfigError, PromptError
-from speechssm.soundstorm.decoding import PAPER_ITERATIONS, decode, iterations_per_level
+from speechssm.soundstorm.decoding import (
+    PAPER_ITERATIONS,
+    check_schedule,
+    decode,
+    iterations_per_level,
+)
 from speechssm.soundstorm.model import SoundStorm
 
 PROMPT_SECONDS = 3.0
@@ -142,7 +147,10 @@ class Synthesizer:
         soundstorm, codec: in eval mode, on the same device.
         seed: window k samples with (seed, k), however the units arrive.
         window_seconds, ...: see `window_plan`.
-        iterations, temperature: see `decoding.decode`.
+        iterations, schedule, temperature: see `decoding.decode`.
+        windows_at_once: windows that go through SoundStorm and codec together, where so many are
+            there; memory grows with it, the sound does not depend on it.
+        precision, compile: see `SoundStorm.for_decoding`.
 
     Raises:
         PromptError: prompt codes and units of different lengths, or out of range.
@@ -160,8 +168,12 @@ class Synthesizer:
         first_window_seconds: float | None = None,
         crossfade_seconds: float = 0.0,
         iterations: Sequence[int] = PAPER_ITERATIONS,
+        schedule: str = "cosine",
         temperature: float = 1.0,
         seed: int = 0,
+        windows_at_once: int = 1,
+        precision: str = "32-true",
+        compile: bool = False,
     ):
         check_codec(soundstorm, codec)
         self.samples_per_unit = codec.hop_length * soundstorm.unit_repeat
@@ -178,7 +190,12 @@ class Synthesizer:
             first_window_seconds=first_window_seconds,
             crossfade_seconds=crossfade_seconds,
         )
+        if windows_at_once < 1:
+            raise ConfigError(f"windows_at_once={windows_at_once}: must be at least 1")
+        if (precision, compile) != ("32-true", False):
+            soundstorm = soundstorm.for_decoding(precision, compile)
         self.soundstorm, self.codec = soundstorm, codec
+        self.windows_at_once, self.schedule = windows_at_once, check_schedule(schedule)
         self.iterations = iterations_per_level(iterations, soundstorm.num_quantizers)
         self.temperature, self.seed = temperature, seed
         self.prompt_units = _checked_units(prompt.units, soundstorm.unit_vocab_size)
@@ -202,23 +219,36 @@ class Synthesizer:
             ConfigError: units out of the model's range.
         """
         units = _checked_units(units, self.soundstorm.unit_vocab_size)
+        index, waiting, tail = state
+        waiting = np.concatenate([waiting, units])
         chunks = []
-        while True:
-            index, waiting, tail = state
-            length = self.plan.length(index)
-            take = min(length - len(waiting), len(units))
-            waiting, units = np.concatenate([waiting, units[:take]]), units[take:]
-            if len(waiting) < length:
-                return chunks, SynthesisState(index, waiting, tail)
-            audio = self._join(tail, self._window(index, waiting), index)
-            leaving = self.plan.cut(index) - self.plan.crossfade - self._audible_from(index)
-            samples = leaving * self.samples_per_unit
-            offset = self._audible_from(index) - self.plan.start(index)
-            chunks.append(Chunk(audio[:samples], waiting[offset : offset + leaving]))
-            # A copy: a view would keep the whole window alive.
-            state = SynthesisState(
-                index + 1, waiting[length - self.plan.overlap :], audio[samples:].copy()
-            )
+        while complete := self._complete(index, waiting):
+            windows = self._windows(index, [waiting[part] for part in complete])
+            for part, window in zip(complete, windows, strict=True):
+                audio = self._join(tail, window, index)
+                leaving = self.plan.cut(index) - self.plan.crossfade - self._audible_from(index)
+                samples = leaving * self.samples_per_unit
+                begin = part.start + self._audible_from(index) - self.plan.start(index)
+                # Copies: views would keep all of the windows and units alive.
+                chunks.append(
+                    Chunk(audio[:samples].copy(), waiting[begin : begin + leaving].copy())
+                )
+                tail = audio[samples:].copy()
+                index += 1
+            waiting = waiting[complete[-1].stop - self.plan.overlap :].copy()
+        return chunks, SynthesisState(index, waiting, tail)
+
+    def _complete(self, index: int, waiting: np.ndarray) -> list[slice]:
+        """Where in `waiting` the next windows lie, up to `windows_at_once` of one length."""
+        length, parts, begin = self.plan.length(index), [], 0
+        while (
+            len(parts) < self.windows_at_once
+            and begin + length <= len(waiting)
+            and self.plan.length(index + len(parts)) == length
+        ):
+            parts.append(slice(begin, begin + length))
+            begin += length - self.plan.overlap
+        return parts
 
     def finish(self, state: SynthesisState) -> list[Chunk]:
         """What is left when the stream has ended, so that N units give N * samples_per_unit."""
@@ -231,7 +261,7 @@ class Synthesizer:
             return []
         repeats = np.resize(waiting, self.plan.length(index))
         samples = (len(waiting) - offset) * self.samples_per_unit
-        audio = self._join(tail, self._window(index, repeats), index)[:samples]
+        audio = self._join(tail, self._windows(index, [repeats])[0], index)[:samples]
         return [Chunk(audio, waiting[offset:])]
 
     def _audible_from(self, index: int) -> int:
@@ -251,23 +281,25 @@ class Synthesizer:
         return audio
 
     @torch.inference_mode()
-    def _window(self, index: int, content: np.ndarray) -> np.ndarray:
-        """Waveform of a window's content, float32; nothing of other windows enters."""
-        device = self.soundstorm.device
-        units_BU = torch.from_numpy(np.concatenate([self.prompt_units, content]))[None].to(device)
-        prompt_BQP = torch.from_numpy(self.prompt_codes)[None].to(device)
+    def _windows(self, index: int, contents: Sequence[np.ndarray]) -> np.ndarray:
+        """Waveforms float32 [B, S] of the contents of windows `index`, `index` + 1, ..., of one
+        length; nothing of other windows enters into any of them."""
+        batch, device = len(contents), self.soundstorm.device
+        units_BU = np.stack([np.concatenate([self.prompt_units, content]) for content in contents])
+        prompt_BQP = torch.from_numpy(self.prompt_codes)[None].to(device).expand(batch, -1, -1)
         codes_BQT = decode(
             self.soundstorm,
-            units_BU,
+            torch.from_numpy(units_BU).to(device),
             prompt_BQP,
             iterations=self.iterations,
+            schedule=self.schedule,
             temperature=self.temperature,
-            seeds=[(self.seed, index)],
+            seeds=[(self.seed, index + row) for row in range(batch)],
         )
         # The prompt is decoded too: it warms up the causal decoder, and is then cut off.
         audio_BS = self.codec.decode(codes_BQT)
         start = len(self.prompt_units) * self.samples_per_unit
-        return audio_BS[0, start:].float().cpu().numpy()
+        return audio_BS[:, start:].float().cpu().numpy()
 
 
 def synthesize(
@@ -295,9 +327,10 @@ def stream(units: Iterable[np.ndarray], synthesizer: Synthesizer) -> Iterator[Ch
     """Chunks of a stream of unit blocks; asks for the next block only when it needs it."""
     state = synthesizer.initial_state()
     for block in units:
-        # A long block goes in window by window, so that its sound leaves window by window.
-        for start in range(0, len(block), synthesizer.plan.hop):
-            chunks, state = synthesizer.push(block[start : start + synthesizer.plan.hop], state)
+        # A long block goes in as many windows at a time as are made at once: its sound leaves so.
+        step = synthesizer.plan.hop * synthesizer.windows_at_once
+        for start in range(0, len(block), step):
+            chunks, state = synthesizer.push(block[start : start + step], state)
             yield from chunks
     yield from synthesizer.finish(state)
 

@@ -147,6 +147,54 @@ def test_the_schedule_falls_strictly_to_nothing(frames):
     assert all(b < a or a == b == 0 for a, b in zip([frames, *counts], counts, strict=False))
 
 
+def test_a_linear_schedule_decides_as_many_frames_in_every_pass(model, monkeypatch):
+    assert [masked_after(i, 4, 100, "linear") for i in range(4)] == [75, 50, 25, 0]
+    assert [masked_after(i, 4, 100) for i in range(4)] == [92, 70, 38, 0]
+    seen = record_calls(model, monkeypatch)
+    decode(model, *inputs(), iterations=(3, 1), schedule="linear")
+    assert [(codes_BQT[:, 0] == CODES).sum(-1).tolist() for codes_BQT in seen[:4]] == [
+        [30, 30], [20, 20], [10, 10], [0, 0],
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="schedule=cosin is unknown; choose one of: cosine"):
+        decode(model, *inputs(), schedule="cosin")
+
+
+def plain_decode(model, units_BU, prompt_BQP, passes, temperature, noise):
+    """The same decoding in the plainest way: every frame guessed in every pass, then ranked."""
+    frames = 2 * units_BU.shape[1] - prompt_BQP.shape[-1]
+    masked_BQN = torch.full((len(units_BU), LEVELS, frames), CODES)
+    codes_BQT = torch.cat([prompt_BQP, masked_BQN], -1)
+    for level, count in enumerate(passes):
+        for iteration in range(count):
+            logits_BNC = model.logits(model(codes_BQT, units_BU), level)[:, -frames:]
+            draws = noise.code_BIN[:, iteration] if level == 0 else None
+            guess_BN, certainty_BN = _guess(logits_BNC, draws, temperature)
+            if level == 0:
+                fade = temperature * (1 - (iteration + 1) / count)
+                gumbel_BN = -torch.log(-torch.log(noise.confidence_BIN[:, iteration]))
+                certainty_BN = certainty_BN + fade * gumbel_BN
+            content_BN = codes_BQT[:, level, -frames:]
+            open_BN = content_BN == CODES
+            filled_BN = torch.where(open_BN, guess_BN, content_BN)
+            certainty_BN = certainty_BN.masked_fill(~open_BN, torch.inf)
+            rank_BN = certainty_BN.argsort(dim=-1, stable=True).argsort(dim=-1)
+            waits_BN = rank_BN < masked_after(iteration, count, frames)
+            content_BN.copy_(filled_BN.masked_fill(waits_BN, CODES))
+    return codes_BQT
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("passes", [(16, 1, 1), (5, 3, 2)])
+def test_guessing_open_frames_alone_changes_nothing(model, passes):
+    units_BU, prompt_BQP = inputs(rows=3, seed=4)
+    seeds = [(7, row) for row in range(3)]
+    expected = plain_decode(
+        model, units_BU, prompt_BQP, passes, 0.8, draw_noise(seeds, passes[0], 30)
+    )
+    found = decode(model, units_BU, prompt_BQP, iterations=passes, temperature=0.8, seeds=seeds)
+    assert torch.equal(found, expected)
+
+
 def test_iterations_are_extended_by_the_last_and_checked():
     assert iterations_per_level((16, 1), 4) == (16, 1, 1, 1)
     assert iterations_per_level((4, 3, 2), 3) == (4, 3, 2)

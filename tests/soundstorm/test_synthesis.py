@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings, strategies
 
 from speechssm.errors import ConfigError, PromptError
+from speechssm.soundstorm.model import SoundStorm
 from speechssm.soundstorm.synthesis import (
     Synthesizer,
     VoicePrompt,
@@ -20,6 +21,7 @@ from speechssm.soundstorm.synthesis import (
     synthesize,
     window_plan,
 )
+from speechssm.soundstream.model import SoundStream
 
 BASE, WINDOW, PER_UNIT = 64, 100_000, 4
 PROMPT = VoicePrompt(
@@ -104,6 +106,74 @@ def test_any_split_into_blocks_gives_the_same_sound(length, splits, fade, first)
     options = dict(crossfade_seconds=fade, first_window_seconds=first)
     blocks = np.split(np.arange(length), sorted(min(split, length) for split in splits))
     assert np.array_equal(speak(blocks, **options), speak(np.arange(length), **options))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    length=strategies.integers(1, 3000),
+    splits=strategies.lists(strategies.integers(0, 3000), max_size=4),
+    fade=strategies.sampled_from([0.0, 0.4]),
+    first=strategies.sampled_from([None, 8.0]),
+    together=strategies.integers(2, 5),
+)
+def test_windows_made_together_sound_as_they_do_one_by_one(length, splits, fade, first, together):
+    options = dict(crossfade_seconds=fade, first_window_seconds=first)
+    blocks = np.split(np.arange(length), sorted(min(split, length) for split in splits))
+    single = speak(np.arange(length), PlaceCodec(), **options)
+    assert np.array_equal(speak(blocks, PlaceCodec(), windows_at_once=together, **options), single)
+
+
+class PlaceCodec(CountingCodec):
+    """A window's samples tell the window by its first unit: rows of a batch are windows."""
+
+    def decode(self, codes_BQT):
+        unit_BU = codes_BQT[:, 0, 150::2] + BASE * codes_BQT[:, 1, 150::2]
+        audio_BS = super().decode(codes_BQT)
+        return audio_BS + unit_BU[:, :1] - WINDOW * (len(self.shapes) - 1)
+
+
+def real_models():
+    torch.manual_seed(0)
+    soundstorm = SoundStorm(
+        unit_vocab_size=40, codebook_size=16, num_quantizers=2, width=16, num_layers=1,
+        num_heads=2, ffn_width=16, conv_kernel=3,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(soundstorm.head_weight_QCD)
+    codec = SoundStream(
+        channels=(2, 2, 2, 2, 2), code_width=4, num_quantizers=2, codebook_size=16, dilations=(1,)
+    ).eval()
+    codec.quantizer.codebook_QKD.normal_()
+    return soundstorm, codec
+
+
+def test_real_windows_made_together_draw_the_same_codes_and_sound_the_same():
+    soundstorm, codec = real_models()
+    generator = np.random.default_rng(0)
+    prompt = VoicePrompt(generator.integers(0, 40, 75), generator.integers(0, 16, (2, 150)))
+    units = generator.integers(0, 40, 600)
+    shapes = []
+    decode = codec.decode
+    codec.decode = lambda codes_BQT: shapes.append(len(codes_BQT)) or decode(codes_BQT)
+    options = dict(window_seconds=9, overlap_seconds=0.96, iterations=(4, 1), seed=3)
+    one, four = (
+        np.concatenate(
+            list(
+                synthesize([units], prompt, soundstorm, codec, windows_at_once=together, **options)
+            )
+        )
+        for together in (1, 4)
+    )
+    assert max(shapes) == 4 and len(one) == 600 * 640
+    np.testing.assert_allclose(four, one, atol=1e-5 * np.abs(one).max())
+
+
+def test_windows_made_together_leave_together():
+    codec = CountingCodec()
+    synthesizer = Synthesizer(PROMPT, DigitStorm(), codec, windows_at_once=3)
+    chunks, state = synthesizer.push(np.arange(675 + 4 * 575), synthesizer.initial_state())
+    assert len(chunks) == 5 and len(codec.shapes) == 2  # three windows, then two
+    assert len(state.units) == 100 and state.index == 5
+    assert all(chunk.audio.base is None and chunk.units.base is None for chunk in chunks)
 
 
 def test_chunks_carry_their_own_units():
@@ -211,6 +281,8 @@ def test_the_papers_windows():
         (dict(overlap_seconds=0.12), "overlap_seconds"),
         (dict(crossfade_seconds=5), "crossfade_seconds"),
         (dict(iterations=(0,)), "iterations"),
+        (dict(schedule="cosin"), "schedule=cosin is unknown"),
+        (dict(windows_at_once=0), "windows_at_once=0"),
     ],
 )
 def test_impossible_windows_are_refused(options, key):
