@@ -3,7 +3,7 @@
 A state is the stretch of input that later outputs still need; zeros stand for the silence before
 the beginning, exactly the left padding of a whole recording.
 
-Shape suffixes: B batch, C channels, T time, P past.
+Shape suffixes: B batch, C channels (O outputs), T time, P past, K kernel, S samples of a stride.
 """
 
 import torch
@@ -35,6 +35,11 @@ class CausalConv(nn.Conv1d):
         x_BCT = torch.cat([past_BCP, x_BCT], dim=-1)
         past_BCP = x_BCT[..., x_BCT.shape[-1] - self.past :]
         stride = self.stride[0]
+        if shorter_than_weights(x_BCT, self.weight):
+            reach, dilation = self.past + stride, self.dilation[0]
+            inputs_BCTK = x_BCT.unfold(-1, reach, stride)[..., ::dilation]
+            y_BCT = self.weight.flatten(1) @ inputs_BCTK.transpose(2, 3).flatten(1, 2)
+            return y_BCT if self.bias is None else y_BCT + self.bias[:, None], past_BCP
         if stride > 1 and self.kernel_size[0] % stride == 0 and self.dilation[0] == 1:
             # The same sums on stretches of `stride` samples as channels. oneDNN's bfloat16 kernel
             # of narrow strided convolutions returns garbage (PyTorch 2.11 on a CPU with AMX).
@@ -44,6 +49,16 @@ class CausalConv(nn.Conv1d):
             x_BCT, self.weight, self.bias, stride=self.stride, dilation=self.dilation
         )
         return y_BCT, past_BCP
+
+
+def shorter_than_weights(x_BCT: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a stretch of signal, as of a stream, is smaller than the weights that it meets.
+
+    Convolutions bring the weights into another order at every call, which then takes most of the
+    time: a frame of the small codec 28 ms instead of 9. A product of matrices uses them as they
+    lie, and its rearranged input is small. Not in training, where backward passes would pay for it.
+    """
+    return not torch.is_grad_enabled() and x_BCT.numel() < weight.numel()
 
 
 def stretches(x_BCT: torch.Tensor, length: int) -> torch.Tensor:
@@ -65,6 +80,13 @@ class CausalTransposedConv(nn.ConvTranspose1d):
 
     def forward(self, x_BCT: torch.Tensor, last_BC1: torch.Tensor):
         x_BCT = torch.cat([last_BC1, x_BCT], dim=-1)
+        if shorter_than_weights(x_BCT, self.weight):
+            y_BOKT = (self.weight.flatten(1).T @ x_BCT).unflatten(1, (self.out_channels, -1))
+            now_BOST, later_BOST = y_BOKT.chunk(2, dim=2)  # an input's two stretches of s samples
+            y_BCT = (now_BOST[..., 1:] + later_BOST[..., :-1]).transpose(2, 3).flatten(2)
+            if self.bias is not None:
+                y_BCT = y_BCT + self.bias[:, None]
+            return y_BCT, x_BCT[..., -1:]
         # The s samples of a stretch as channels of a plain convolution over two inputs: what
         # CausalConv does, the other way round, and for the same reason (its backward is strided).
         taps_OSI2 = self.weight.unflatten(-1, (2, self.stride[0])).permute(1, 3, 0, 2).flip(-1)
