@@ -91,7 +91,7 @@ class Visqol:
     reference in which there is speech: audio may be of any length from 1 s up.
     """
 
-    command = "pip install libsvm-official && pip install --no-deps visqol-python==3.8.0"
+    command = "pip install visqol-python==3.8.0 numba"  # without numba it is slow
 
     def __init__(self) -> None:
         package = load_package("visqol", "ViSQOL", self.command)

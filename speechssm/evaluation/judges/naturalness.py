@@ -28,7 +28,7 @@ class DistillMOS:
     10 s, whose scores are averaged. Loudness does not matter: windows are scaled to their peak.
     """
 
-    command = "pip install --no-deps distillmos==0.9.1 xls-r-sqa==0.1.0"
+    command = "pip install distillmos==0.9.1"
 
     def __init__(self) -> None:
         package = load_package("distillmos", "DistillMOS", self.command)
@@ -52,7 +52,7 @@ class DNSMOS:
     most 10 s, whose scores are averaged.
     """
 
-    command = "pip install librosa onnxruntime requests && pip install --no-deps speechmos==0.0.1.1"
+    command = "pip install speechmos==0.0.1.1 librosa onnxruntime requests"
 
     def __init__(self) -> None:
         package = load_package("speechmos.dnsmos", "DNSMOS", self.command)
@@ -60,7 +60,7 @@ class DNSMOS:
         models = Path(package.__file__).parent / "dnsmos_models"
         paths = str(models / "sig_bak_ovr.onnx"), str(models / "model_v8.onnx")
         self._network = package.DNSMOS(*paths)
-        # The package's sessions take every core and spin while they wait: no way to share a machine.
+        # The package's own sessions take every core, and spin while they wait.
         runtime = package.ort
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

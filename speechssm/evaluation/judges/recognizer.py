@@ -5,6 +5,7 @@ Whisper's own English normalisation: case, punctuation, numbers, contractions an
 count.
 """
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class Recognizer:
                 "recognizer: no model is named; set options.SUBJECT.recognizer to a folder of a "
                 "Whisper model in CTranslate2's form, or to a size such as base.en"
             )
+        logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # it tells of every clip
         self._language, self._beam_size = language, beam_size
         self._normalize = english.EnglishTextNormalizer()
         try:
