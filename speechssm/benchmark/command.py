@@ -1,6 +1,7 @@
 """`speechssm bench SUBJECT`: loads what the config names and calls the subject's function."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -80,6 +81,53 @@ def bench_lm_decode(config: Mapping[str, Any], options: dict[str, Any]) -> list[
     return run_lm_decode(config["out"], **model_arguments(config, "griffin_small"), **options)
 
 
+def bench_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
+    """`codec` (trained weights) or `model` (a config, with random ones: speed is the same)."""
+    from speechssm.benchmark.codec import run_codec
+    from speechssm.loading import load
+
+    seed = int(config.get("seed") or 0)
+    if config.get("codec"):
+        path = named_model(config, "codec")
+        name, codec = Path(path).name, load("soundstream", path, device="cpu")
+        details = run_details("soundstream", path)
+    else:
+        name, content = stage_config(config, "soundstream", "soundstream_small")
+        codec = seeded(content, seed)
+        details = {"config_hash": config_hash(content), "model": name}
+    details |= {"seed": seed}
+    return run_codec(config["out"], name=name, codec=codec, seed=seed, details=details, **options)
+
+
+def bench_soundstorm(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
+    from speechssm.benchmark.soundstorm import run_soundstorm
+
+    name, content = stage_config(config, "soundstorm", "soundstorm_demo")
+    details = {"config_hash": config_hash(content), "model": name}
+    shared = {"device": device_of(config), "seed": int(config.get("seed") or 0), "details": details}
+    return run_soundstorm(config["out"], name=name, config=content, **shared, **options)
+
+
+def stage_config(config: Mapping[str, Any], stage: str, default: str) -> tuple[str, dict[str, Any]]:
+    """Name and content of the `model` that is named, one of conf/model/STAGE_NAME.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = [name for name in group_options("model") if name.startswith(f"{stage}_")]
+    name = choose("model", config.get("model") or default, known)
+    return name, model_config(name)
+
+
+def seeded(content: Mapping[str, Any], seed: int) -> Any:
+    """A model with random weights."""
+    import torch
+    from hydra.utils import instantiate
+
+    torch.manual_seed(seed)
+    return instantiate(dict(content)).eval()
+
+
 def model_arguments(config: Mapping[str, Any], default: str) -> dict[str, Any]:
     """What the benches of language models take from the config, beside their options.
 
@@ -123,4 +171,6 @@ SUBJECTS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], list[Row]]] = 
     "lm-decode": bench_lm_decode,
     "pipeline": bench_pipeline,
     "tokenizer": bench_tokenizer,
+    "codec": bench_codec,
+    "soundstorm": bench_soundstorm,
 }

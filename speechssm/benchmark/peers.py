@@ -6,8 +6,9 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,6 +132,90 @@ def installed_scans() -> tuple[dict[str, Scan], list[str]]:
         else:
             found[name] = scan
     return found, missing
+
+
+SOUNDSTORM_INSTALL = (
+    "pip install beartype einops hyper-connections tqdm && "
+    "pip install --no-deps soundstorm-pytorch==0.6.1"
+)
+
+
+def soundstorm_pytorch(config: Mapping[str, Any], steps: int, rate: int = 25) -> torch.nn.Module:
+    """`soundstorm-pytorch`'s SoundStorm in the size of our config, with random weights.
+
+    Layers, width, heads, feed-forward, kernel, levels and codebook are ours. Where its network has
+    more than ours by default (convolutions of twice the width, four residual streams) it gets as
+    much as ours: it computes less than as it comes.
+
+    Args:
+        config: of `speechssm.soundstorm.model.SoundStorm`.
+        steps: passes of each level; the schedule is its default, linear.
+        rate: units a second.
+
+    Raises:
+        MissingPeer: not installed.
+        ConfigError: a size that it cannot have.
+    """
+    if not (installed("soundstorm_pytorch") and installed("hyper_connections")):
+        raise MissingPeer(f"soundstorm-pytorch: {SOUNDSTORM_INSTALL}")
+    width, ffn_width = int(config["width"]), int(config["ffn_width"])
+    if ffn_width % width:
+        raise ConfigError(f"soundstorm-pytorch: ffn_width={ffn_width} is no multiple of {width}")
+    code = generating_half_of_soundstorm()
+    network = code.ConformerWrapper(
+        codebook_size=config["codebook_size"],
+        num_quantizers=config["num_quantizers"],
+        conformer={
+            "dim": width,
+            "depth": config["num_layers"],
+            "heads": config["num_heads"],
+            "dim_head": width // config["num_heads"],
+            "ff_mult": ffn_width // width,
+            "conv_kernel_size": config["conv_kernel"],
+            "conv_expansion_factor": 1,
+            "num_residual_streams": 1,
+        },
+    )
+    return code.SoundStorm(
+        network,
+        steps=steps,
+        num_semantic_token_ids=config["unit_vocab_size"],
+        # Units and frames of one clock: only their ratio counts.
+        wav2vec_target_sample_hz=rate,
+        wav2vec_downsample_factor=1,
+        codec_target_sample_hz=rate * config.get("unit_repeat", 2),
+        codec_downsample_factor=1,
+    ).eval()
+
+
+def generating_half_of_soundstorm() -> types.ModuleType:
+    """`soundstorm_pytorch.soundstorm`, without the packages that it needs for other things.
+
+    Its `__init__` would need a trainer's, and its codec and text models come from packages of tens
+    of dependencies; decoding uses none of them. Empty classes stand in for those that are missing.
+    """
+    spec = importlib.util.find_spec("soundstorm_pytorch")
+    assert spec is not None and spec.origin is not None
+    package = types.ModuleType("soundstorm_pytorch")
+    package.__path__ = [str(Path(spec.origin).parent)]
+    stands_in = {"soundstorm_pytorch": package}
+    for name, classes in (
+        ("audiolm_pytorch", ("SoundStream", "HubertWithKmeans", "FairseqVQWav2Vec")),
+        ("spear_tts_pytorch", ("TextToSemantic",)),
+    ):
+        stands_in[name] = types.ModuleType(name)
+        for entry in classes:
+            setattr(stands_in[name], entry, type(entry, (torch.nn.Module,), {}))
+    before = {name: sys.modules[name] for name in stands_in if name in sys.modules}
+    sys.modules.update(stands_in)
+    try:
+        code = importlib.import_module("soundstorm_pytorch.soundstorm")
+    finally:
+        for name in stands_in:
+            del sys.modules[name]
+        sys.modules.update(before)
+    code.tqdm = lambda passes, **_: passes  # a bar for every level
+    return code
 
 
 def recurrent_gemma(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:

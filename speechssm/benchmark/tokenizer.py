@@ -356,9 +356,9 @@ def speed_table(speed: Speed) -> Table:
     )
 
 
-def memory_table(rows: Sequence[Row]) -> Table:
-    """Level and slope of each kind of memory."""
-    levels = {row.system: row.value for row in rows if row.name == "tokenizer_memory"}
+def memory_table(rows: Sequence[Row], stage: str = "tokenizer", step: str = "window") -> Table:
+    """Level and slope of each kind of memory, which was read after each `step`."""
+    levels = {row.system: row.value for row in rows if row.name == f"{stage}_memory"}
     body = [
         [
             row.system.replace("_", " "),
@@ -367,10 +367,10 @@ def memory_table(rows: Sequence[Row]) -> Table:
             row.unit,
         ]
         for row in rows
-        if row.name == "tokenizer_memory_slope"
+        if row.name == f"{stage}_memory_slope"
     ]
     return Table(
-        ["memory", "MiB", "growth", "unit"], body, "After each window, with the 95% interval."
+        ["memory", "MiB", "growth", "unit"], body, f"After each {step}, with the 95% interval."
     )
 
 

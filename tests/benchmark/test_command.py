@@ -5,17 +5,20 @@ import os
 
 import pytest
 
+from speechssm.benchmark.codec import run_codec
 from speechssm.benchmark.command import SUBJECTS, bench, model_arguments
 from speechssm.benchmark.lm_decode import run_lm_decode
 from speechssm.benchmark.lm_train import run_lm_train
 from speechssm.benchmark.pipeline import run_pipeline
 from speechssm.benchmark.scan import run_scan
+from speechssm.benchmark.soundstorm import run_soundstorm
 from speechssm.benchmark.tokenizer import run_tokenizer
 from speechssm.cli import main, verb_config
 from speechssm.errors import ConfigError
 
 FUNCTIONS = {"scan": run_scan, "lm-train": run_lm_train, "lm-decode": run_lm_decode,
-             "pipeline": run_pipeline, "tokenizer": run_tokenizer}  # fmt: skip
+             "pipeline": run_pipeline, "tokenizer": run_tokenizer, "codec": run_codec,
+             "soundstorm": run_soundstorm}  # fmt: skip
 
 
 @pytest.mark.parametrize(
