@@ -6,7 +6,7 @@ the logits (one for each stretch of time), the others are the features to be mat
 Shape suffixes: B batch, S samples, C channels, T time, F frequency.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -163,21 +163,20 @@ class Discriminators(nn.Module):
     Args:
         num_scales: waveform discriminators; each sees the audio at half the rate of the one before.
         waveform: arguments of `WaveformDiscriminator`.
-        stft: arguments of a `StftDiscriminator`, or a list of such (windows of several lengths).
+        stft: arguments of each `StftDiscriminator`; the paper has one, at their defaults.
     """
 
     def __init__(
         self,
         num_scales: int = 3,
         waveform: dict | None = None,
-        stft: dict | Sequence[dict] | None = None,
+        stft: Sequence[dict] = ({},),
     ):
         super().__init__()
         self.waveform = nn.ModuleList(
             WaveformDiscriminator(**(waveform or {})) for _ in range(num_scales)
         )
-        several = [stft or {}] if stft is None or isinstance(stft, Mapping) else stft
-        self.stft = nn.ModuleList(StftDiscriminator(**arguments) for arguments in several)
+        self.stft = nn.ModuleList(StftDiscriminator(**arguments) for arguments in stft)
 
     def forward(self, audio_BS: torch.Tensor) -> list[list[torch.Tensor]]:
         """Outputs of every discriminator, layer by layer, logits last."""

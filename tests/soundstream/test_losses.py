@@ -24,7 +24,7 @@ GOLDEN_MEL = 1527.6218
 TINY = {
     "num_scales": 2,
     "waveform": {"width": 4, "widths": [8, 8]},
-    "stft": {"window": 64, "hop": 16, "width": 4, "multipliers": [1, 2]},
+    "stft": [{"window": 64, "hop": 16, "width": 4, "multipliers": [1, 2]}],
 }
 
 
@@ -123,7 +123,7 @@ def test_discriminators_can_be_pickled():
 
 @pytest.mark.parametrize("samples", [1024, 1600, 8000])
 def test_units_and_shortcuts_agree_for_any_crop(samples):
-    discriminator = StftDiscriminator(**TINY["stft"])
+    discriminator = StftDiscriminator(**TINY["stft"][0])
     # Backward as well: on channels-last input this once crashed in oneDNN.
     discriminator(torch.randn(8, samples))[-1].mean().backward()
     assert discriminator.units[0].shortcut.weight.grad.isfinite().all()

@@ -25,7 +25,7 @@ MODEL = {
 DISCRIMINATORS = {
     "num_scales": 2,
     "waveform": {"width": 4, "widths": [8]},
-    "stft": {"window": 64, "hop": 16, "width": 4, "multipliers": [1, 2]},
+    "stft": [{"window": 64, "hop": 16, "width": 4, "multipliers": [1, 2]}],
 }
 GOLDEN_LOSSES = [303.8204, 293.1705, 274.4755]
 OPTIMIZER = {"learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.01}
