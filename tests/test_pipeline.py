@@ -271,6 +271,42 @@ def test_bad_prompts_are_refused_in_one_line_before_anything_is_made(
     assert "voice.wav" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_clipped_prompt_at_another_rate_is_spoken_on_from_with_a_notice(models, caplog):
+    with caplog.at_level(logging.WARNING):
+        audio, units = join(generate(1.5 * speech(3, 44100, 1.0).clip(-1, 1), 44100, 1.0, 0,
+                                     prompt_name="voice.wav", **models))  # fmt: skip
+    assert "voice.wav: clipped" in caplog.text
+    assert len(audio) == 4 * RATE and len(units) == 100 and np.isfinite(audio).all()
+
+
+def test_a_prompt_whose_voice_comes_after_a_silence_is_refused(models):
+    silence_then_voice = np.concatenate([np.zeros(3 * RATE, np.float32), speech(2)])
+    with pytest.raises(PromptError, match="the first 3 s are silent"):
+        generate(silence_then_voice, RATE, 1.0, 0, **models)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"schedule": "cubic"}, "schedule=cubic is unknown"),
+        ({"acoustic_precision": "fp8"}, "precision=fp8 is unknown"),
+        ({"iterations": [0]}, "iterations"),
+    ],
+)
+def test_options_of_the_acoustic_model_reach_it_before_anything_is_made(models, option, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(speech(3), RATE, 1.0, 0, **option, **models)
+
+
+def test_another_schedule_and_precision_speak_the_same_units(models):
+    plain, other = (
+        join(generate(speech(3), RATE, 1.0, 0, **options, **models))
+        for options in ({}, {"schedule": "linear", "acoustic_precision": "bf16-true"})
+    )
+    assert len(plain[0]) == len(other[0]) and not np.array_equal(plain[0], other[0])
+    assert np.array_equal(plain[1][:75], other[1][:75]) and np.isfinite(other[0]).all()
+
+
 def test_a_clipped_prompt_is_noticed(caplog):
     with caplog.at_level(logging.WARNING):
         pipeline.prepare_prompt(np.sign(speech(3)), RATE, RATE, "voice.wav")

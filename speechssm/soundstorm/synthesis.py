@@ -370,9 +370,10 @@ def _checked_codes(prompt: VoicePrompt, soundstorm: SoundStorm) -> np.ndarray:
             f"voice prompt: codes have shape {list(codes.shape)}, expected {list(expected)} "
             "(levels, frames): take the codes of the same codec and of the same audio as the units"
         )
-    if codes.min() < 0 or codes.max() >= soundstorm.codebook_size:
+    outside = codes[(codes < 0) | (codes >= soundstorm.codebook_size)]
+    if len(outside):
         raise PromptError(
-            f"voice prompt: codes reach {int(codes.max())}, SoundStorm knows 0 to "
-            f"{soundstorm.codebook_size - 1}: they come from another codec"
+            f"voice prompt: code {outside[0]} is not among SoundStorm's "
+            f"{soundstorm.codebook_size}: it comes from another codec"
         )
     return codes

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies
 from speechssm.errors import ConfigError, PromptError
 from speechssm.soundstorm.model import SoundStorm
 from speechssm.soundstorm.synthesis import (
+    SynthesisState,
     Synthesizer,
     VoicePrompt,
     stream,
@@ -150,7 +151,7 @@ def test_real_windows_made_together_draw_the_same_codes_and_sound_the_same():
     soundstorm, codec = real_models()
     generator = np.random.default_rng(0)
     prompt = VoicePrompt(generator.integers(0, 40, 75), generator.integers(0, 16, (2, 150)))
-    units = generator.integers(0, 40, 600)
+    units = generator.integers(0, 40, 1010)
     shapes = []
     decode = codec.decode
     codec.decode = lambda codes_BQT: shapes.append(len(codes_BQT)) or decode(codes_BQT)
@@ -163,7 +164,7 @@ def test_real_windows_made_together_draw_the_same_codes_and_sound_the_same():
         )
         for together in (1, 4)
     )
-    assert max(shapes) == 4 and len(one) == 600 * 640
+    assert max(shapes) == 4 and len(one) == 1010 * 640
     np.testing.assert_allclose(four, one, atol=1e-5 * np.abs(one).max())
 
 
@@ -296,6 +297,14 @@ def test_units_out_of_range_are_refused(unit):
         speak(np.array([0, 1, unit]))
 
 
+@pytest.mark.parametrize("units", [np.array([0.5, 1.0]), np.zeros((1, 4), np.int64)])
+def test_what_is_no_row_of_units_is_refused(units):
+    with pytest.raises(ConfigError, match=r"whole numbers \[N\]"):
+        Synthesizer(PROMPT, DigitStorm(), CountingCodec()).push(
+            units, SynthesisState(0, np.zeros(0, np.int64), np.zeros(0, np.float32))
+        )
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -303,11 +312,14 @@ def test_units_out_of_range_are_refused(unit):
         (VoicePrompt(PROMPT.units, PROMPT.codes[:, :100]), "levels, frames"),
         (VoicePrompt(PROMPT.units[:0], PROMPT.codes[:, :0]), "no units"),
         (VoicePrompt(PROMPT.units, PROMPT.codes + BASE), "another codec"),
+        (VoicePrompt(PROMPT.units, PROMPT.codes - BASE), "code -32 is not among SoundStorm's 64"),
+        (VoicePrompt(PROMPT.units + 100, PROMPT.codes), "unit 4100 at position 0"),
     ],
 )
 def test_prompts_of_another_codec_are_refused(prompt, message):
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises((PromptError, ConfigError), match=message) as caught:
         Synthesizer(prompt, DigitStorm(), CountingCodec())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_codec_of_another_shape_is_refused():
