@@ -6,6 +6,8 @@ the beginning, exactly the left padding of a whole recording.
 Shape suffixes: B batch, C channels (O outputs), T time, P past, K kernel, S samples of a stride.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -98,10 +100,18 @@ class CausalTransposedConv(nn.ConvTranspose1d):
 
 
 class ResidualUnit(nn.Module):
-    """ELU, dilated convolution, ELU, pointwise convolution, added to the input."""
+    """Activation, dilated convolution, activation, pointwise convolution, added to the input."""
 
-    def __init__(self, channels: int, kernel: int, dilation: int, bias=True):
+    def __init__(
+        self,
+        channels: int,
+        kernel: int,
+        dilation: int,
+        bias=True,
+        activation: Callable[[torch.Tensor], torch.Tensor] = functional.elu,
+    ):
         super().__init__()
+        self.activation = activation
         self.dilated = CausalConv(channels, channels, kernel, dilation=dilation, bias=bias)
         self.pointwise = nn.Conv1d(channels, channels, 1, bias=bias)
 
@@ -109,8 +119,8 @@ class ResidualUnit(nn.Module):
         return self.dilated.initial_state(batch_size, device, dtype)
 
     def forward(self, x_BCT: torch.Tensor, state: torch.Tensor):
-        y_BCT, state = self.dilated(functional.elu(x_BCT), state)
-        return x_BCT + self.pointwise(functional.elu(y_BCT)), state
+        y_BCT, state = self.dilated(self.activation(x_BCT), state)
+        return x_BCT + self.pointwise(self.activation(y_BCT)), state
 
 
 class StreamingChain(nn.Sequential):

@@ -8,10 +8,12 @@ Shape suffixes: B batch, S samples, C channels, T frames, D code width, Q quanti
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from speechssm.errors import AudioError, ConfigError
 from speechssm.fingerprint import fingerprint
@@ -24,6 +26,12 @@ from speechssm.soundstream.convolution import (
     StreamingChain,
 )
 from speechssm.soundstream.initialization import start_as_transform
+
+
+ACTIVATIONS = {
+    "elu": functional.elu,
+    "leaky_relu": partial(functional.leaky_relu, negative_slope=0.2),
+}
 
 
 class EncoderState(NamedTuple):
@@ -62,6 +70,11 @@ class SoundStream(nn.Module):
         bias: whether convolutions have biases. Without, zeros become exact silence. (Biases that
             have barely moved already hum in the pauses, where the log spectral loss hears it: its
             gradients were 30 times larger, and short trainings do not get over it.)
+        activation: "elu": before every convolution, as in the paper. "leaky_relu": in the residual
+            units alone. The path between them is then linear, and without biases twice the sound
+            makes twice the vectors, so no level of the signal is special: ELUs are nearly linear
+            for quiet signals, and a codec that starts as a transform has to leave that region
+            before it can make any sound that is not in the transform.
         ema_decay, dead_code_threshold: see ResidualVectorQuantizer.
         start: "random" (PyTorch's weights) or "transform" (see initialization.py).
 
@@ -81,6 +94,7 @@ class SoundStream(nn.Module):
         dilations: Sequence[int] = (1, 3, 9),
         units: Sequence[int] | None = None,
         bias: bool = True,
+        activation: str = "elu",
         ema_decay: float = 0.99,
         dead_code_threshold: float = 0.05,
         start: str = "random",
@@ -100,6 +114,10 @@ class SoundStream(nn.Module):
             )
         if start not in ("random", "transform"):
             raise ConfigError(f"model.start={start!r} is neither 'random' nor 'transform'")
+        if activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"model.activation={activation!r} is none of {', '.join(sorted(ACTIVATIONS))}"
+            )
         self.sample_rate = sample_rate
         self.hop_length = math.prod(strides)
         self.num_quantizers = num_quantizers
@@ -116,18 +134,25 @@ class SoundStream(nn.Module):
             "dilations": dilations,
             "units": units,
             "bias": bias,
+            "activation": activation,
         }
 
         blocks = list(zip(channels[:-1], channels[1:], strides, units, strict=True))
 
         def residual_units(width: int, count: int) -> list[nn.Module]:
-            return [ResidualUnit(width, kernel, dilation, bias) for dilation in dilations[:count]]
+            function = ACTIVATIONS[activation]
+            return [
+                ResidualUnit(width, kernel, dilation, bias, function)
+                for dilation in dilations[:count]
+            ]
+
+        between = [nn.ELU()] if activation == "elu" else []
 
         encoder = [CausalConv(1, channels[0], kernel, bias=bias)]
         for narrow, wide, stride, count in blocks:
             encoder += residual_units(narrow, count)
-            encoder += [nn.ELU(), CausalConv(narrow, wide, 2 * stride, stride=stride, bias=bias)]
-        encoder += [nn.ELU(), CausalConv(channels[-1], code_width, 3, bias=bias)]
+            encoder += [*between, CausalConv(narrow, wide, 2 * stride, stride=stride, bias=bias)]
+        encoder += [*between, CausalConv(channels[-1], code_width, 3, bias=bias)]
         self.encoder = StreamingChain(*encoder)
 
         self.quantizer = ResidualVectorQuantizer(
@@ -136,9 +161,9 @@ class SoundStream(nn.Module):
 
         decoder = [CausalConv(code_width, channels[-1], kernel, bias=bias)]
         for narrow, wide, stride, count in reversed(blocks):
-            decoder += [nn.ELU(), CausalTransposedConv(wide, narrow, stride, bias=bias)]
+            decoder += [*between, CausalTransposedConv(wide, narrow, stride, bias=bias)]
             decoder += residual_units(narrow, count)
-        decoder += [nn.ELU(), CausalConv(channels[0], 1, kernel, bias=bias)]
+        decoder += [*between, CausalConv(channels[0], 1, kernel, bias=bias)]
         self.decoder = StreamingChain(*decoder)
         if start == "transform" and not self.encoder[0].weight.is_meta:
             start_as_transform(self.encoder, self.decoder)

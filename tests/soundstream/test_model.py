@@ -193,6 +193,35 @@ def test_fingerprint_follows_what_makes_the_codes(codec):
     assert other_rate.fingerprint != codec.fingerprint
 
 
+def test_without_biases_leaky_units_answer_twice_the_sound_with_twice_the_sound():
+    torch.manual_seed(0)
+    codec = SoundStream(**SMALL, bias=False, activation="leaky_relu").eval()
+    audio_BS = torch.randn(2, 20 * HOP)
+    torch.testing.assert_close(codec.embed(8 * audio_BS), 8 * codec.embed(audio_BS))
+    x_BTD = torch.randn(2, 20, 6)
+    sound_BS = codec.synthesize(x_BTD)
+    torch.testing.assert_close(codec.synthesize(8 * x_BTD), 8 * sound_BS)
+    # Not a linear network for all that.
+    assert (codec.synthesize(-x_BTD) + sound_BS).norm() > 0.05 * sound_BS.norm()
+
+
+@pytest.mark.parametrize("activation", ["elu", "leaky_relu"])
+def test_a_stream_of_either_activation_equals_the_batch(activation):
+    torch.manual_seed(0)
+    codec = SoundStream(**SMALL, activation=activation).eval()
+    x_BTD = torch.randn(1, 12, 6)
+    state, pieces = codec.decoder.initial_state(1), []
+    for x_BDT in x_BTD.transpose(1, 2).split([1, 4, 7], dim=2):
+        piece, state = codec.decoder(x_BDT, state)
+        pieces.append(piece[:, 0])
+    torch.testing.assert_close(torch.cat(pieces, dim=1), codec.synthesize(x_BTD))
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ConfigError, match=r"model.activation='relu' is none of elu, leaky_relu"):
+        SoundStream(**SMALL, activation="relu")
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(16, 8), (10, 5), (7, 1), (7, 2), (3, 1)])
 def test_convolutions_are_pytorchs_with_padding_in_the_past_alone(kernel, stride):
     torch.manual_seed(0)
