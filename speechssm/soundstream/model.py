@@ -27,7 +27,6 @@ from speechssm.soundstream.convolution import (
 )
 from speechssm.soundstream.initialization import start_as_transform
 
-
 ACTIVATIONS = {
     "elu": functional.elu,
     "leaky_relu": partial(functional.leaky_relu, negative_slope=0.2),
