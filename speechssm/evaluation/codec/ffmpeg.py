@@ -1,8 +1,9 @@
 """Opus and Codec2, the codecs that everyone knows, through the program ffmpeg.
 
 ffmpeg is a package of the operating system. Both are used as a user would who names nothing but
-the bitrate: Opus with variable bitrate and frames of 20 ms. Bits are those of the packets, without
-the container's.
+the bitrate: Opus with variable bitrate and frames of 20 ms (at 6 kbit/s it then takes some 9% less
+than that, and still sounds better than with constant bitrate). Bits are those of the packets,
+without the container's.
 """
 
 import shutil

@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from speechssm.audio.io import write_audio
+from speechssm.configuration import compose
 from speechssm.errors import ConfigError, CorpusError
+from speechssm.evaluation import command
 from speechssm.evaluation.codec import ffmpeg
 from speechssm.evaluation.codec.evaluate import evaluate_codec
 from speechssm.evaluation.codec.options import Options
@@ -191,3 +194,16 @@ def test_the_same_seed_gives_the_same_file(folder, sample_codec, tmp_path):
         json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")
     )
     assert one["rows"] == two["rows"] and one["margins"] == two["margins"]
+
+
+def test_the_command_takes_one_codec_or_a_list(folder, sample_codec, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda stage, path, device: sample_codec())
+    monkeypatch.setattr(command, "run_of", lambda stage, path: None)
+    options = ["options.codec.peers=[]", "options.codec.judges=[]", "options.codec.min_seconds=1"]
+    for codec, names in (("some/a", {"codec"}), ("[some/a,some/b]", {"a", "b"})):
+        words = ["subject=codec", f"data={folder}", f"out={tmp_path / 'out'}", f"codec={codec}"]
+        command.evaluate(OmegaConf.to_container(compose("evaluate", [*words, *options])))
+        rows = read_results(tmp_path / "out" / "metrics.json")["rows"]
+        systems = {row.system.split(",")[0] for row in rows if row.name == "bitrate"}
+        assert systems == names
+        assert {row.model for row in rows if row.name == "bitrate"} <= {"a", "b"}
