@@ -30,6 +30,7 @@ class Measure:
         judge: whose it is; empty: needs no package.
         reference: whether it compares with the original, which then has no score of its own.
         decimals, scale: in tables; `scale` turns shares into percent.
+        in_table: whether the compact tables have it; metrics.json and the plots always do.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Measure:
     reference: bool = True
     decimals: int = 2
     scale: float = 1.0
+    in_table: bool = True
 
 
 MEASURES = (
@@ -51,9 +53,9 @@ MEASURES = (
     Measure("estoi", "share", "ESTOI", True, "estoi", decimals=3),
     Measure("distillmos", "MOS", "DistillMOS", True, "distillmos", reference=False),
     Measure("dnsmos_overall", "MOS", "DNSMOS", True, "dnsmos", reference=False),
-    Measure("dnsmos_signal", "MOS", "DNSMOS signal", True, "dnsmos", reference=False),
-    Measure("dnsmos_background", "MOS", "DNSMOS background", True, "dnsmos", reference=False),
-    Measure("dnsmos_p808", "MOS", "DNSMOS P.808", True, "dnsmos", reference=False),
+    Measure("dnsmos_signal", "MOS", "DNSMOS signal", True, "dnsmos", False, in_table=False),
+    Measure("dnsmos_background", "MOS", "DNSMOS background", True, "dnsmos", False, in_table=False),
+    Measure("dnsmos_p808", "MOS", "DNSMOS P.808", True, "dnsmos", False, in_table=False),
     Measure("word_error", "share", "WER %", False, "recognizer", False, decimals=1, scale=100),
     Measure("speaker_similarity", "cosine", "speaker", True, "speaker", decimals=3),
 )

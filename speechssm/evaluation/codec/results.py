@@ -94,7 +94,11 @@ def compact_table(findings: Findings) -> Table:
         {name: interval_of(findings, each) for name, each in values.items()}
         for _, values, _ in entries
     ]
-    shown = [m for m in MEASURES if any(found.get(m.name) for found in found_by_system)]
+    shown = [
+        measure
+        for measure in MEASURES
+        if measure.in_table and any(found.get(measure.name) for found in found_by_system)
+    ]
     bitrates = {m.setting.name: f"{m.bitrate:.0f}" for m in findings.measured}
     cells = []
     for (system, *_), intervals in zip(entries, found_by_system, strict=True):
@@ -160,7 +164,7 @@ def all_margins(findings: Findings) -> list[dict[str, Any]]:
 def margin_table(margins: Sequence[dict[str, Any]]) -> Table:
     """One line a pair: ours minus the other."""
     names = {entry["name"] for entry in margins}
-    shown = [measure for measure in MEASURES if measure.name in names]
+    shown = [measure for measure in MEASURES if measure.in_table and measure.name in names]
     by_pair: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for entry in margins:
         by_pair.setdefault((entry["system"], entry["other"]), {})[entry["name"]] = entry
