@@ -202,7 +202,10 @@ def sweep_points(experiment: str) -> list[list[str]]:
 
 
 # What an experiment needs where the runs that it goes on from are missing.
-ALONE = {"tokenizer/second": ["stage.commitment_weight=0.1"]}
+ALONE = {
+    "tokenizer/second": ["stage.commitment_weight=0.1"],
+    "acoustic/decoder": ["stage.decoder_only=false"],
+}
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))

@@ -25,6 +25,7 @@ TOKENIZER=${TOKENIZER:-distilled}
 NAME=${NAME:-small}
 DEVICE=${DEVICE:-cpu}
 DATA=${DATA:-}
+RECOGNIZER=${RECOGNIZER:-null}
 LICENCE=${LICENCE:-not stated}
 SEED=${SEED:-1}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
@@ -41,9 +42,11 @@ train() {
         trainer="$([ "$DEVICE" = cpu ] && echo cpu || echo gpu)" data.folder="$shards" "$@"
 }
 
-# ship RUN OUT: its weights, in half precision.
+# ship RUN OUT [KEY=VALUE ...]: its weights, in half precision.
 ship() {
-    run speechssm export model="$FOLDER/$1" out="$2" dtype=float16 data="\"$DATA\"" licence="\"$LICENCE\""
+    local name=$1 out=$2
+    shift 2
+    run speechssm export model="$FOLDER/$name" out="$out" dtype=float16 "$@" data="\"$DATA\"" licence="\"$LICENCE\""
 }
 
 main() {
@@ -76,7 +79,8 @@ main() {
 
     say "3/6 codec, second training: discriminators; the codes stay as they are"
     train decoder "$FOLDER/audio" stage.initial_weights="$FOLDER/first" ${decoder[@]+"${decoder[@]}"}
-    ship decoder "$WEIGHTS/soundstream/$NAME"
+    # The best checkpoint would be the one with the least spectral loss: an early one, hardly trained.
+    ship decoder "$WEIGHTS/soundstream/$NAME" checkpoint=last
 
     say "4/6 encode: codes and units side by side"
     run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$WEIGHTS/soundstream/$NAME" \
@@ -88,10 +92,11 @@ main() {
 
     say "6/6 measure: the codec beside Opus and Codec2, then the voices"
     run speechssm evaluate codec data="$FOLDER/audio" codec="[$FOLDER/first,$WEIGHTS/soundstream/$NAME]" \
-        out="$FOLDER/evaluation/codec" seed="$SEED" ${measuring[@]+"${measuring[@]}"}
+        out="$FOLDER/evaluation/codec" seed="$SEED" options.codec.recognizer="$RECOGNIZER" ${measuring[@]+"${measuring[@]}"}
     run speechssm evaluate acoustic data="$FOLDER/audio" tokenizer="$TOKENIZER" \
         soundstorm="$WEIGHTS/soundstorm/$NAME" codec="$WEIGHTS/soundstream/$NAME" \
-        out="$FOLDER/evaluation/acoustic" seed="$SEED" ${measuring[@]+"${measuring[@]}"}
+        out="$FOLDER/evaluation/acoustic" seed="$SEED" options.acoustic.recognizer="$RECOGNIZER" \
+        options.acoustic.minutes=10 options.acoustic.joints=600 ${measuring[@]+"${measuring[@]}"}
     say "done: $FOLDER/evaluation"
 }
 

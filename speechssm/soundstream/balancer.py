@@ -6,12 +6,11 @@ Shape suffixes: B batch, S samples.
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
-from speechssm.nn.vector_quantization import rank_and_world, sum_over_ranks
+from speechssm.nn.vector_quantization import Float32Buffers, rank_and_world, sum_over_ranks
 
 
-class LossBalancer(nn.Module):
+class LossBalancer(Float32Buffers):
     """Gives each loss the share of the gradient that its weight says.
 
     The gradient of each loss with respect to the decoded audio is divided by a moving average of

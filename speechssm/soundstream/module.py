@@ -45,7 +45,7 @@ class SoundStreamModule(lightning.LightningModule):
     checkpoints every N steps and schedules mean what they say. Whatever is random in a step (the
     dropout of quantiser levels) depends only on `seed`, step and rank: a resumed run is the same.
 
-    For averaged weights add Lightning's `EMAWeightAveraging` (`callbacks=averaged_weights`).
+    For averaged weights see `callbacks=averaged_weights`.
 
     Args:
         model: `_target_` and arguments of a `SoundStream`.
@@ -72,7 +72,7 @@ class SoundStreamModule(lightning.LightningModule):
         seed: of the quantiser dropout.
 
     Raises:
-        ConfigError: an unknown loss, or initial weights of another shape.
+        ConfigError: an unknown loss, initial weights of another shape, or none for a decoder alone.
     """
 
     def __init__(
@@ -115,7 +115,14 @@ class SoundStreamModule(lightning.LightningModule):
             self.model.quantizer.eval()
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
+        if stage != "fit" or self.trainer.ckpt_path:
+            return
+        if self.hparams.decoder_only and not self.hparams.initial_weights:
+            raise ConfigError(
+                "stage.decoder_only leaves encoder and codebooks as they are: name the trained "
+                "codec that they come from with stage.initial_weights"
+            )
+        if self.hparams.initial_weights:
             begin_with(self.model, "soundstream", self.hparams.initial_weights)
 
     def train(self, mode: bool = True) -> "SoundStreamModule":

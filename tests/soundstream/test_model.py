@@ -13,7 +13,11 @@ from torch.nn import functional
 
 from speechssm.errors import AudioError, ConfigError, FingerprintError
 from speechssm.soundstream import SoundStream
-from speechssm.soundstream.convolution import CausalConv, CausalTransposedConv
+from speechssm.soundstream.convolution import (
+    CausalConv,
+    CausalTransposedConv,
+    shorter_than_weights,
+)
 
 HOP = 12
 SMALL = {
@@ -242,6 +246,27 @@ def test_transposed_convolutions_are_pytorchs_without_the_unfinished_end(stride)
     whole_BCT = torch.cat([last_BC1, x_BCT], dim=-1)
     expected_BCT = functional.conv_transpose1d(whole_BCT, layer.weight, layer.bias, stride=stride)
     torch.testing.assert_close(y_BCT, expected_BCT[..., stride:-stride])
+
+
+@pytest.mark.parametrize(
+    ("layer", "length"),
+    [
+        (CausalConv(64, 64, 7, dilation=9), 3),
+        (CausalConv(64, 64, 16, stride=8), 24),
+        (CausalTransposedConv(64, 64, 5), 4),
+    ],
+    ids=repr,
+)
+def test_short_stretches_take_another_way_to_the_same_numbers(layer, length):
+    """What a stream does: without gradients, where weights outnumber the signal."""
+    x_BCT = torch.randn(1, 64, length)
+    state = torch.randn_like(layer.initial_state(1))
+    long_way, after = layer(x_BCT, state)
+    with torch.no_grad():
+        assert shorter_than_weights(torch.cat([state, x_BCT], dim=-1), layer.weight)
+        short_way, short_after = layer(x_BCT, state)
+    torch.testing.assert_close(short_way, long_way)
+    assert torch.equal(short_after, after)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import pickle
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from speechssm.errors import ConfigError
 from speechssm.nn import initial_weights
+from speechssm.runtime.averaging import AveragedWeights
 from speechssm.soundstream.module import SoundStreamModule
 
 HOP = 12
@@ -96,6 +97,28 @@ def test_a_decoder_alone_learns_and_the_codes_stay(tmp_path, monkeypatch):
     groups = second.trainer.optimizers[0].param_groups
     held = {id(parameter) for group in groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in second.model.decoder.parameters()}
+
+
+def test_a_decoder_alone_needs_the_codec_that_it_is_for(tmp_path):
+    with pytest.raises(ConfigError, match=r"decoder_only.*stage\.initial_weights"):
+        trained(tmp_path, "none", decoder_only=True)
+
+
+def test_averaged_weights_of_a_decoder_alone_leave_the_codes_as_they_are(tmp_path, monkeypatch):
+    first, _ = trained(tmp_path, "first")
+    monkeypatch.setattr(initial_weights, "other_network", lambda stage, name: first.model)
+    subject = module(initial_weights="first", decoder_only=True)
+    saved = ModelCheckpoint(tmp_path, filename="averaged", every_n_train_steps=3)
+    trainer(tmp_path, 3, [AveragedWeights(decay=0.9), saved]).fit(subject, batches(3))
+    stored = torch.load(tmp_path / "averaged.ckpt", weights_only=True)["state_dict"]
+    averaged = module().model
+    prefix = "model."
+    averaged.load_state_dict(
+        {n.removeprefix(prefix): v for n, v in stored.items() if n.startswith(prefix)}
+    )
+    assert averaged.fingerprint == first.model.fingerprint
+    decoders = [network.decoder[0].weight for network in (averaged, first.model)]
+    assert not torch.equal(*decoders)
 
 
 def test_initial_weights_of_another_shape_are_refused(tmp_path, monkeypatch):
@@ -238,8 +261,8 @@ def test_training_lowers_the_reconstruction_loss_of_held_out_audio(tmp_path):
     assert after["val/reconstruction"] < 0.8 * before["val/reconstruction"]
 
 
-def test_weights_can_be_averaged_with_lightnings_callback(tmp_path):
-    average = EMAWeightAveraging(decay=0.5)
+def test_weights_can_be_averaged(tmp_path):
+    average = AveragedWeights(decay=0.5)
     saved = ModelCheckpoint(tmp_path, filename="averaged", every_n_train_steps=3)
     subject = module()
     running = trainer(tmp_path, 3, [average, saved])

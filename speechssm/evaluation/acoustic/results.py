@@ -288,7 +288,7 @@ def _limits(
     spoken: Spoken,
     options: Options,
 ) -> list[Limit]:
-    """What can be said of the limits; an interval that reaches outside of a limit does not hold."""
+    """What can be said of the limits: values for voices, for joints the whole interval."""
     limits = []
     for each in figures:
         if each.similarity is not None:

@@ -348,6 +348,6 @@ def join_name(crossfade_seconds: float) -> str:
 def _document_of(reading: Reading, pair: SeamPair) -> str | None:
     """The recording that both spans of a pair lie in; None where one reaches over an end."""
     inside = [reading.segment_at(*pair.around(moment)) for moment in (pair.joint, pair.centre)]
-    if None in inside:
+    if None in inside or inside[0] != inside[1]:
         return None
     return inside[0].passage.document.name

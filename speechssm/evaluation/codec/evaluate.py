@@ -99,8 +99,10 @@ def evaluate_codec(
         )
         for system in [*codecs, *peers]:
             measure_system(system, listener, rate, findings, progress)
+    rows = write(findings, out)
+    # Afterwards: a codec counts the codes of all that it makes.
     write_examples(codecs[0], clips, rate, out, options.examples)
-    return write(findings, out)
+    return rows
 
 
 def measure_system(

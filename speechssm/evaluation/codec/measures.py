@@ -198,7 +198,8 @@ def _by_measure(found: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
         scores = [scores[name] for scores in found]
         if name == "word_error":
             errors, words = np.array(scores, dtype=np.float64).T
-            values[name] = Values(errors, words)
+            # A transcript without words (a cough) has nothing that could be wrong.
+            values[name] = Values(np.where(words > 0, errors, 0), words)
         else:
             values[name] = plain_values(scores)
     return values
