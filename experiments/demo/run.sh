@@ -60,7 +60,7 @@ main() {
         tokenizer="[$FOLDER/tokenizer,small,distilled]" out="$FOLDER/evaluation/tokenizer" \
         options.tokenizer.max_hours=0.5 options.tokenizer.measures=[units,phones,speakers]
     run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
-        out="$FOLDER/evaluation/codec"
+        out="$FOLDER/evaluation/codec" options.codec.max_crops=24 'options.codec.peers=[opus:6,codec2:3200]'
     run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$FOLDER/soundstorm" \
         out="$FOLDER/evaluation/acoustic"
     run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
