@@ -93,13 +93,18 @@ class Listener:
         *,
         speaker: bool = True,
         naturalness: bool,
+        leave_out: int | None = None,
     ) -> None:
-        """Judge a span [start, stop) seconds, audio float32 [S] at `rate`."""
+        """Judge a span [start, stop) seconds, audio float32 [S] at `rate`.
+
+        Args:
+            leave_out: the enrolled recording that the audio was made from, as in `ranked_first`.
+        """
         similarity = ranked_first = None
         if speaker and "speaker" in self.judges:
             embedding = self.judges["speaker"].embed(audio, rate)
             similarity = float(embedding @ self._prompt[voice])
-            ranked_first = self.ranked_first(voice, embedding)
+            ranked_first = self.ranked_first(voice, embedding, leave_out)
         scores: dict[str, float] = {}
         if naturalness:
             for name in NATURALNESS:

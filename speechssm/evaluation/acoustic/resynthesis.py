@@ -170,8 +170,9 @@ class _Session:
                 if scored or self._has("speaker"):
                     audio = through_codec(reading, self.codec, *place)
                     self.listener.hear(
-                        CODEC, name, place, audio, self.codec.sample_rate, naturalness=scored
-                    )
+                        CODEC, name, place, audio, self.codec.sample_rate, naturalness=scored,
+                        leave_out=spans[name].index(span),
+                    )  # fmt: skip
             advance(1)
 
     def speak_all(

@@ -57,6 +57,11 @@ def test_a_recording_is_ranked_without_itself():
     made.hear_recordings(NamedVoice("a", 0), [(0, 10), (10, 20)])
     made.hear_recordings(NamedVoice("b", 60), [(0, 10)])
     assert [entry.ranked_first for entry in made.heard] == [True, False, None]
+    # Nor is what a codec makes of a recording, which would else rank above the recording.
+    audio = direction(50)
+    made.hear("codec alone", "a", (10, 20), audio, 16_000, naturalness=False, leave_out=1)
+    made.hear("ours", "a", (10, 20), audio, 16_000, naturalness=False)
+    assert [entry.ranked_first for entry in made.heard[-2:]] == [False, True]
 
 
 def test_a_speaker_who_says_nothing_else_has_no_rank_and_strangers_are_the_floor():
