@@ -205,6 +205,7 @@ def sweep_points(experiment: str) -> list[list[str]]:
 ALONE = {
     "tokenizer/second": ["stage.commitment_weight=0.1"],
     "acoustic/decoder": ["stage.decoder_only=false"],
+    "acoustic/adversarial": ["stage.decoder_only=false"],
 }
 
 

@@ -55,7 +55,6 @@ class ResidualVectorQuantizer(Float32Buffers):
 
     codebook_QKD: torch.Tensor
     count_QK: torch.Tensor
-    sum_QKD: torch.Tensor
     updates: torch.Tensor
 
     def __init__(
@@ -77,7 +76,6 @@ class ResidualVectorQuantizer(Float32Buffers):
         codebook_QKD = torch.randn(num_quantizers, codebook_size, width) * scale_Q11
         self.register_buffer("codebook_QKD", codebook_QKD)
         self.register_buffer("count_QK", torch.ones(num_quantizers, codebook_size))
-        self.register_buffer("sum_QKD", codebook_QKD.clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(
@@ -133,15 +131,16 @@ class ResidualVectorQuantizer(Float32Buffers):
         """One step of the moving averages of a level, and new places for its dead codes."""
         count_K, sum_KD = assignments(residual_ND, indices_N, self.codebook_size)
         keep = self.ema_decay
-        count_K = keep * self.count_QK[level] + (1 - keep) * count_K
-        sum_KD = keep * self.sum_QKD[level] + (1 - keep) * sum_KD
+        previous_K = self.count_QK[level]
+        count_K = keep * previous_K + (1 - keep) * count_K
+        # A code times its count is the average of the sums: no third buffer is needed.
+        sum_KD = keep * (self.codebook_QKD[level] * previous_K[:, None]) + (1 - keep) * sum_KD
         dead_K = count_K < self.dead_code_threshold
         # A new code starts with the mean count, so that it has time to prove its worth.
         count_K = torch.where(dead_K, 1.0, count_K)
         sum_KD = torch.where(dead_K[:, None], self._frames(residual_ND, level), sum_KD)
         # New tensors are stored only now: the ones used above are needed by the backward pass.
         self.count_QK[level] = count_K
-        self.sum_QKD[level] = sum_KD
         self.codebook_QKD[level] = sum_KD / count_K[:, None].clamp(min=1e-8)
 
     def _frames(self, x_ND: torch.Tensor, level: int) -> torch.Tensor:
@@ -172,7 +171,6 @@ class ResidualVectorQuantizer(Float32Buffers):
             count_K = torch.where(count_K > 0, count_K, 1.0)
             self.codebook_QKD[level] = codebook_KD
             self.count_QK[level] = count_K
-            self.sum_QKD[level] = codebook_KD * count_K[:, None]
             residual_ND = residual_ND - codebook_KD[nearest_code(residual_ND, codebook_KD)]
 
     def levels(self, num_quantizers: int | None) -> int:

@@ -11,6 +11,7 @@ minutes have to do; training is free to leave it.
 import torch
 from torch import nn
 
+from speechssm.errors import ConfigError
 from speechssm.soundstream.convolution import (
     CausalConv,
     CausalTransposedConv,
@@ -30,6 +31,12 @@ def axes(maps_KH: torch.Tensor, copies: int, width: int, correlation: float) -> 
     lag = torch.arange(blocks.shape[1], dtype=torch.float64, device="cpu")
     covariance = blocks @ correlation ** (lag[:, None] - lag).abs() @ blocks.T
     return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].T
+
+
+def make_identity(unit: ResidualUnit) -> None:
+    nn.init.zeros_(unit.pointwise.weight)
+    if unit.pointwise.bias is not None:
+        nn.init.zeros_(unit.pointwise.bias)
 
 
 @torch.no_grad()
@@ -56,9 +63,7 @@ def start_as_transform(
             nn.init.zeros_(layer.bias)
     for unit in (*encoder, *decoder):
         if isinstance(unit, ResidualUnit):
-            nn.init.zeros_(unit.pointwise.weight)
-            if unit.pointwise.bias is not None:
-                nn.init.zeros_(unit.pointwise.bias)
+            make_identity(unit)
     # The first convolution copies the samples to channel 0, the last one copies them back.
     down[0].weight[0] = 0
     down[0].weight[0, 0, -1] = level
@@ -80,3 +85,42 @@ def start_as_transform(
             synthesis.weight[:known] = 0
             synthesis.weight[:known, :width, -1] = taps_WKS[..., 0].T
         maps_KH = axes_WK @ torch.block_diag(*[maps_KH] * stride)
+
+
+@torch.no_grad()
+def start_as_narrower(decoder: StreamingChain, trained: StreamingChain) -> None:
+    """Make a decoder play what a trained one with fewer channels and residual units plays.
+
+    The trained weights take the first channels. New channels keep their weights but are not heard
+    at first; new residual units begin as identities. All of it learns from the first step on.
+
+    Raises:
+        ConfigError: the trained decoder is nowhere a part of this one.
+    """
+    theirs = iter(trained)
+    known = next(theirs, None)
+    for layer in decoder:
+        if isinstance(layer, ResidualUnit) and not isinstance(known, ResidualUnit):
+            make_identity(layer)
+            continue
+        if type(layer) is not type(known):
+            break
+        inputs = 0 if isinstance(layer, CausalTransposedConv) else 1  # the weight's dimension
+        for (name, ours), value in zip(layer.named_parameters(), known.parameters(), strict=True):
+            if any(old > new for old, new in zip(value.shape, ours.shape, strict=True)):
+                raise ConfigError(
+                    f"a decoder whose {name} has shape {list(ours.shape)} cannot begin as a "
+                    f"trained one where it has {list(value.shape)}: it must be at least as wide"
+                )
+            if value.dim() > 1:
+                # What new channels come to must not reach the old ones yet.
+                ours.narrow(1 - inputs, 0, value.shape[1 - inputs]).zero_()
+            ours[tuple(map(slice, value.shape))] = value
+        known = next(theirs, None)
+    else:
+        if known is None:
+            return
+    raise ConfigError(
+        "the decoders have different strides or activations: a decoder can begin as a trained one "
+        "that has fewer channels or fewer residual units"
+    )

@@ -11,6 +11,7 @@ import torch
 import torchaudio
 from torch import nn
 
+from speechssm.errors import ConfigError
 from speechssm.nn.vector_quantization import without_autocast
 
 Outputs = list[list[torch.Tensor]]  # of each discriminator, of each layer; logits last
@@ -37,7 +38,8 @@ class MultiScaleMelLoss(nn.Module):
     Args:
         sample_rate: of the audio, in hertz.
         windows: s, in samples.
-        num_mels: bands.
+        num_mels: bands, one number or one for each window. The paper's 64 do not resolve the
+            harmonics of a voice above 1 kHz, whatever the window.
         floor: added to S before the logarithm. At 0.01 a tone of 1e-4 of full scale (-80 dB) is
             about as loud as the floor. Far below that, as at 1e-5, bands that recordings have lost
             to lossy compression, and pauses, rule the loss: a codec of 8.6 M parameters was held
@@ -48,14 +50,21 @@ class MultiScaleMelLoss(nn.Module):
         self,
         sample_rate: int = 16000,
         windows: Sequence[int] = (64, 128, 256, 512, 1024, 2048),
-        num_mels: int = 64,
+        num_mels: int | Sequence[int] = 64,
         floor: float = 0.01,
     ):
         super().__init__()
         self.windows = list(windows)
+        if isinstance(num_mels, int):
+            num_mels = [num_mels] * len(self.windows)
+        if len(num_mels) != len(self.windows):
+            raise ConfigError(
+                f"stage.mel: {len(num_mels)} num_mels for {len(self.windows)} windows; give one "
+                "number, or one for each window"
+            )
         self.floor = floor
-        for window in self.windows:
-            filters_FM = mel_filters(window, num_mels, sample_rate)
+        for window, bands in zip(self.windows, num_mels, strict=True):
+            filters_FM = mel_filters(window, bands, sample_rate)
             self.register_buffer(f"filters_{window}", filters_FM, persistent=False)
             self.register_buffer(f"window_{window}", torch.hann_window(window), persistent=False)
 
@@ -95,7 +104,7 @@ class MultiScaleMelLoss(nn.Module):
 def discriminator_loss(real: Outputs, fake: Outputs) -> torch.Tensor:
     """Hinge loss of the discriminators: mean over them and over time (equation 1)."""
     loss = sum(
-        (1 - real_layers[-1]).relu().mean() + (1 + fake_layers[-1]).relu().mean()
+        (1 - real_layers[-1].float()).relu().mean() + (1 + fake_layers[-1].float()).relu().mean()
         for real_layers, fake_layers in zip(real, fake, strict=True)
     )
     return loss / len(real)
@@ -103,7 +112,7 @@ def discriminator_loss(real: Outputs, fake: Outputs) -> torch.Tensor:
 
 def adversarial_loss(fake: Outputs) -> torch.Tensor:
     """Hinge loss of the generator: mean over discriminators and over time (equation 2)."""
-    return sum((1 - layers[-1]).relu().mean() for layers in fake) / len(fake)
+    return sum((1 - layers[-1].float()).relu().mean() for layers in fake) / len(fake)
 
 
 def feature_loss(real: Outputs, fake: Outputs, *, relative: bool = False) -> torch.Tensor:

@@ -66,6 +66,8 @@ class SoundStream(nn.Module):
         dilations: of the residual units of a block, in the encoder's order.
         units: how many residual units each block has, with the first of the dilations; None = all.
             Those at the full rate cost most: small models do without.
+        decoder_channels, decoder_units: the same of the decoder, in the encoder's order; None = as
+            the encoder. What is heard depends on the decoder, and codes do not.
         bias: whether convolutions have biases. Without, zeros become exact silence. (Biases that
             have barely moved already hum in the pauses, where the log spectral loss hears it: its
             gradients were 30 times larger, and short trainings do not get over it.)
@@ -92,6 +94,8 @@ class SoundStream(nn.Module):
         kernel: int = 7,
         dilations: Sequence[int] = (1, 3, 9),
         units: Sequence[int] | None = None,
+        decoder_channels: Sequence[int] | None = None,
+        decoder_units: Sequence[int] | None = None,
         bias: bool = True,
         activation: str = "elu",
         ema_decay: float = 0.99,
@@ -100,19 +104,32 @@ class SoundStream(nn.Module):
     ):
         super().__init__()
         channels, strides, dilations = list(channels), list(strides), list(dilations)
-        if len(channels) != len(strides) + 1:
-            raise ConfigError(
-                f"model.channels has {len(channels)} widths for {len(strides)} strides: "
-                "give one for the full rate and one after each stride"
-            )
         units = [len(dilations)] * len(strides) if units is None else list(units)
-        if len(units) != len(strides) or max(units) > len(dilations):
-            raise ConfigError(
-                f"model.units={units}: give one number for each of the {len(strides)} strides, "
-                f"none above the {len(dilations)} dilations"
-            )
+        decoder_channels = channels if decoder_channels is None else list(decoder_channels)
+        decoder_units = units if decoder_units is None else list(decoder_units)
+        for side, widths, counts in (
+            ("", channels, units),
+            ("decoder_", decoder_channels, decoder_units),
+        ):
+            if len(widths) != len(strides) + 1:
+                raise ConfigError(
+                    f"model.{side}channels has {len(widths)} widths for {len(strides)} strides: "
+                    "give one for the full rate and one after each stride"
+                )
+            if len(counts) != len(strides) or max(counts) > len(dilations):
+                raise ConfigError(
+                    f"model.{side}units={counts}: give one number for each of the {len(strides)} "
+                    f"strides, none above the {len(dilations)} dilations"
+                )
         if start not in ("random", "transform"):
             raise ConfigError(f"model.start={start!r} is neither 'random' nor 'transform'")
+        if start == "transform" and any(
+            ours < theirs for ours, theirs in zip(decoder_channels, channels, strict=True)
+        ):
+            raise ConfigError(
+                f"model.start=transform: decoder_channels={decoder_channels} must be at least the "
+                f"encoder's {channels}"
+            )
         if activation not in ACTIVATIONS:
             raise ConfigError(
                 f"model.activation={activation!r} is none of {', '.join(sorted(ACTIVATIONS))}"
@@ -136,8 +153,6 @@ class SoundStream(nn.Module):
             "activation": activation,
         }
 
-        blocks = list(zip(channels[:-1], channels[1:], strides, units, strict=True))
-
         def residual_units(width: int, count: int) -> list[nn.Module]:
             function = ACTIVATIONS[activation]
             return [
@@ -148,8 +163,9 @@ class SoundStream(nn.Module):
         between = [nn.ELU()] if activation == "elu" else []
 
         encoder = [CausalConv(1, channels[0], kernel, bias=bias)]
-        for narrow, wide, stride, count in blocks:
-            encoder += residual_units(narrow, count)
+        for place, stride in enumerate(strides):
+            narrow, wide = channels[place : place + 2]
+            encoder += residual_units(narrow, units[place])
             encoder += [*between, CausalConv(narrow, wide, 2 * stride, stride=stride, bias=bias)]
         encoder += [*between, CausalConv(channels[-1], code_width, 3, bias=bias)]
         self.encoder = StreamingChain(*encoder)
@@ -158,11 +174,12 @@ class SoundStream(nn.Module):
             num_quantizers, codebook_size, code_width, ema_decay, dead_code_threshold
         )
 
-        decoder = [CausalConv(code_width, channels[-1], kernel, bias=bias)]
-        for narrow, wide, stride, count in reversed(blocks):
+        decoder = [CausalConv(code_width, decoder_channels[-1], kernel, bias=bias)]
+        for place, stride in reversed(list(enumerate(strides))):
+            narrow, wide = decoder_channels[place : place + 2]
             decoder += [*between, CausalTransposedConv(wide, narrow, stride, bias=bias)]
-            decoder += residual_units(narrow, count)
-        decoder += [*between, CausalConv(channels[0], 1, kernel, bias=bias)]
+            decoder += residual_units(narrow, decoder_units[place])
+        decoder += [*between, CausalConv(decoder_channels[0], 1, kernel, bias=bias)]
         self.decoder = StreamingChain(*decoder)
         if start == "transform" and not self.encoder[0].weight.is_meta:
             start_as_transform(self.encoder, self.decoder)

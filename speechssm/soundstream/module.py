@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from speechssm.errors import ConfigError
-from speechssm.nn.initial_weights import begin_with
+from speechssm.nn.initial_weights import begin_with, other_network
 from speechssm.nn.optimization import build_optimizer
 from speechssm.soundstream.balancer import LossBalancer
 from speechssm.soundstream.discriminators import Discriminators
+from speechssm.soundstream.initialization import start_as_narrower
 from speechssm.soundstream.losses import (
     MultiScaleMelLoss,
     adversarial_loss,
@@ -68,7 +69,8 @@ class SoundStreamModule(lightning.LightningModule):
         gradient_clip: largest norm of the gradients of the codec and of the discriminators.
         initial_weights: a codec of the same shape that a new run begins with.
         decoder_only: encoder and codebooks stay as they are. Codes, and what was trained on them,
-            stay valid; the decoder learns to play them better.
+            stay valid; the decoder learns to play them better. It may be wider than the one of
+            `initial_weights`, whose sound it then begins with.
         seed: of the quantiser dropout.
 
     Raises:
@@ -122,8 +124,23 @@ class SoundStreamModule(lightning.LightningModule):
                 "stage.decoder_only leaves encoder and codebooks as they are: name the trained "
                 "codec that they come from with stage.initial_weights"
             )
-        if self.hparams.initial_weights:
+        if self.hparams.decoder_only:
+            self._take_over(other_network("soundstream", self.hparams.initial_weights))
+        elif self.hparams.initial_weights:
             begin_with(self.model, "soundstream", self.hparams.initial_weights)
+
+    def _take_over(self, trained: nn.Module) -> None:
+        """Encoder and codebooks of a trained codec, and its decoder, maybe as a part of ours."""
+        if trained.config != self.model.config:
+            raise ConfigError(
+                f"stage.initial_weights={self.hparams.initial_weights} was trained as "
+                f"{trained.config}, not as {self.model.config}: with stage.decoder_only the two "
+                "may differ in decoder_channels and decoder_units alone"
+            )
+        for name in ("encoder", "quantizer"):
+            theirs = getattr(trained, name).state_dict()
+            getattr(self.model, name).load_state_dict(theirs)
+        start_as_narrower(self.model.decoder, trained.decoder)
 
     def train(self, mode: bool = True) -> "SoundStreamModule":
         super().train(mode)

@@ -92,7 +92,6 @@ def test_one_training_step_moves_the_codebook_by_its_moving_average():
 def test_a_code_that_nothing_chooses_is_replaced_by_a_frame_of_the_batch():
     quantizer = make(num_quantizers=1, ema_decay=0.5, dead_code_threshold=0.2).train()
     quantizer.codebook_QKD[0, 3] = 1e4
-    quantizer.sum_QKD[0, 3] = 1e4
     x_BTD = torch.randn(4, 25, 6)
     for _ in range(12):
         quantizer(x_BTD)

@@ -106,6 +106,26 @@ def test_a_waveform_logit_stands_for_256_samples_and_an_stft_logit_for_8_hops():
     assert [layer.shape[1] for layer in stft[:-1]] == [32, 32, 64, 128, 128, 256, 256]
 
 
+def test_a_compressed_stft_brings_quiet_sounds_near_to_loud_ones():
+    """A tone at -40 dB of another moves the first layer by the power 0.3 of that, a quarter."""
+    tone_BS = torch.sin(torch.arange(4096) * 0.5)[None]
+    first = {}
+    for compression in (1.0, 0.3):
+        torch.manual_seed(0)
+        critic = StftDiscriminator(256, 64, 4, (1, 2), compression)
+        torch.nn.init.zeros_(critic.first.bias)
+        loud, quiet = (critic(level * tone_BS)[0].norm() for level in (1.0, 1e-2))
+        first[compression] = (quiet / loud).item()
+    assert first[1.0] == pytest.approx(1e-2, rel=1e-3)
+    assert first[0.3] == pytest.approx(1e-2**0.3, rel=0.2)
+
+
+def test_silence_has_a_finite_gradient_in_a_compressed_stft():
+    audio_BS = torch.zeros(1, 2048, requires_grad=True)
+    StftDiscriminator(256, 64, 4, (1, 2), 0.3)(audio_BS)[-1].sum().backward()
+    assert audio_BS.grad.isfinite().all()
+
+
 def test_there_is_one_discriminator_on_the_stft_and_one_for_each_scale():
     outputs = Discriminators(**TINY)(torch.randn(3, 2048))
     assert len(outputs) == 3

@@ -18,6 +18,7 @@ from speechssm.soundstream.convolution import (
     CausalTransposedConv,
     shorter_than_weights,
 )
+from speechssm.soundstream.initialization import start_as_narrower
 
 HOP = 12
 SMALL = {
@@ -197,6 +198,52 @@ def test_fingerprint_follows_what_makes_the_codes(codec):
     assert other_rate.fingerprint != codec.fingerprint
 
 
+def random_codec(seed: int = 0, **options) -> SoundStream:
+    torch.manual_seed(seed)
+    return SoundStream(**SMALL | options).eval()
+
+
+@pytest.mark.parametrize("activation", ["elu", "leaky_relu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wider_decoder_begins_by_playing_what_the_trained_one_plays(activation, bias):
+    kind = {"activation": activation, "bias": bias}
+    trained = random_codec(units=[0, 1], **kind)
+    wide = random_codec(
+        1, units=[0, 1], decoder_channels=[c + 3 for c in trained.config["channels"]],
+        decoder_units=[1, 2], **kind
+    )  # fmt: skip
+    start_as_narrower(wide.decoder, trained.decoder)
+    x_BTD = torch.randn(2, 11, 6)
+    torch.testing.assert_close(wide.synthesize(x_BTD), trained.synthesize(x_BTD))
+    # Every weight learns within three steps: what starts at zero lets the others wait for it.
+    optimizer = torch.optim.SGD(wide.decoder.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (wide.synthesize(x_BTD) - torch.ones(2, 11 * HOP)).square().mean().backward()
+        optimizer.step()
+    still = {name for name, p in wide.decoder.named_parameters() if (p.grad == 0).any()}
+    assert not still
+
+
+def test_a_decoder_cannot_begin_as_a_wider_one_or_one_of_other_strides():
+    wide = random_codec(decoder_channels=[c + 3 for c in SMALL["channels"]])
+    narrow = random_codec()
+    with pytest.raises(ConfigError, match="must be at least as wide"):
+        start_as_narrower(narrow.decoder, wide.decoder)
+    other = random_codec(activation="leaky_relu")
+    with pytest.raises(ConfigError, match="different strides or activations"):
+        start_as_narrower(narrow.decoder, other.decoder)
+
+
+def test_the_decoders_widths_leave_the_encoder_as_it_is():
+    plain, wide = (
+        SoundStream(**SMALL, decoder_channels=widths)
+        for widths in (None, [c + 3 for c in SMALL["channels"]])
+    )
+    shapes = [[v.shape for v in codec.encoder.state_dict().values()] for codec in (plain, wide)]
+    assert shapes[0] == shapes[1] and plain.config == wide.config
+
+
 def test_without_biases_leaky_units_answer_twice_the_sound_with_twice_the_sound():
     torch.manual_seed(0)
     codec = SoundStream(**SMALL, bias=False, activation="leaky_relu").eval()
@@ -304,9 +351,9 @@ def test_without_biases_the_networks_turn_zeros_into_exact_silence():
 
 
 def test_the_codec_can_be_pickled(codec):
-    copy = pickle.loads(pickle.dumps(codec))
+    again = pickle.loads(pickle.dumps(codec))
     audio_BS = torch.randn(1, 4 * HOP)
-    assert torch.equal(copy.encode(audio_BS), codec.encode(audio_BS))
+    assert torch.equal(again.encode(audio_BS), codec.encode(audio_BS))
 
 
 @pytest.mark.parametrize("shape", [(HOP,), (1, 1, HOP)])

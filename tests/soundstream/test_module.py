@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from speechssm.errors import ConfigError
 from speechssm.nn import initial_weights
 from speechssm.runtime.averaging import AveragedWeights
+from speechssm.soundstream import module as soundstream_module
 from speechssm.soundstream.module import SoundStreamModule
 
 HOP = 12
@@ -88,7 +89,7 @@ def trained(tmp_path, name: str, steps: int = 2, **options):
 
 def test_a_decoder_alone_learns_and_the_codes_stay(tmp_path, monkeypatch):
     first, _ = trained(tmp_path, "first")
-    monkeypatch.setattr(initial_weights, "other_network", lambda stage, name: first.model)
+    monkeypatch.setattr(soundstream_module, "other_network", lambda stage, name: first.model)
     second, _ = trained(tmp_path, "second", initial_weights="first", decoder_only=True)
     assert second.model.fingerprint == first.model.fingerprint
     before = first.model.state_dict()
@@ -99,6 +100,29 @@ def test_a_decoder_alone_learns_and_the_codes_stay(tmp_path, monkeypatch):
     assert held == {id(parameter) for parameter in second.model.decoder.parameters()}
 
 
+def test_a_wider_decoder_learns_for_the_codes_of_a_narrower_one(tmp_path, monkeypatch):
+    first, _ = trained(tmp_path, "first")
+    monkeypatch.setattr(soundstream_module, "other_network", lambda stage, name: first.model)
+    wide = MODEL | {"decoder_channels": [6, 10, 12], "decoder_units": [2, 2]}
+    begun = module(model=wide, initial_weights="first", decoder_only=True)
+    saved = ModelCheckpoint(tmp_path, filename="wide", every_n_train_steps=2)
+    runner = trainer(tmp_path, 2, [saved])
+    begun.trainer = runner
+    begun.setup("fit")
+    codes_BQT = torch.randint(0, 8, (2, 4, 9))
+    torch.testing.assert_close(begun.model.decode(codes_BQT), first.model.eval().decode(codes_BQT))
+    runner.fit(begun, batches(2))
+    assert begun.model.fingerprint == first.model.fingerprint
+    assert not torch.equal(begun.model.decoder[-1].weight[0, 4:], torch.zeros(2, 7))
+
+
+def test_a_decoder_for_another_encoder_is_refused(tmp_path, monkeypatch):
+    other = module(model=MODEL | {"codebook_size": 4}).model
+    monkeypatch.setattr(soundstream_module, "other_network", lambda stage, name: other)
+    with pytest.raises(ConfigError, match=r"initial_weights=other was trained as .*decoder_units"):
+        trained(tmp_path, "second", initial_weights="other", decoder_only=True)
+
+
 def test_a_decoder_alone_needs_the_codec_that_it_is_for(tmp_path):
     with pytest.raises(ConfigError, match=r"decoder_only.*stage\.initial_weights"):
         trained(tmp_path, "none", decoder_only=True)
@@ -106,7 +130,7 @@ def test_a_decoder_alone_needs_the_codec_that_it_is_for(tmp_path):
 
 def test_averaged_weights_of_a_decoder_alone_leave_the_codes_as_they_are(tmp_path, monkeypatch):
     first, _ = trained(tmp_path, "first")
-    monkeypatch.setattr(initial_weights, "other_network", lambda stage, name: first.model)
+    monkeypatch.setattr(soundstream_module, "other_network", lambda stage, name: first.model)
     subject = module(initial_weights="first", decoder_only=True)
     saved = ModelCheckpoint(tmp_path, filename="averaged", every_n_train_steps=3)
     trainer(tmp_path, 3, [AveragedWeights(decay=0.9), saved]).fit(subject, batches(3))
