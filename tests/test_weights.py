@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 import soundfile
 import torch
+from pystoi import stoi
 
 from speechssm import load
 from speechssm.evaluation.edit_distance import edit_distance
@@ -28,14 +29,23 @@ def speech() -> np.ndarray:
     return audio
 
 
+def weight_of(folder: Path) -> int:
+    """Bytes of all files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_card(folder: Path) -> None:
+    card = (folder / "CARD.md").read_text()
+    assert "Data: 5.55 h" in card and "Licence of the weights: Apache-2.0" in card
+    assert json.loads((folder / "config.json").read_text())["details"]["run"] is not None
+
+
 def test_tokenizers_take_thirty_megabytes_at_most():
     folders = [path for path in (WEIGHTS / "tokenizer").iterdir() if path.is_dir()]
     assert sorted(path.name for path in folders) == sorted(TOKENIZERS)
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 30e6
+    assert weight_of(WEIGHTS / "tokenizer") < 30e6
     for folder in folders:
-        card = (folder / "CARD.md").read_text()
-        assert "Data: 5.55 h" in card and "Licence of the weights: Apache-2.0" in card
-        assert json.loads((folder / "config.json").read_text())["details"]["run"] is not None
+        check_card(folder)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -71,3 +81,24 @@ def test_the_recognition_head_spells_some_of_what_a_new_speaker_says(name):
     spelled = pieces.decode([int(index) - 1 for index in best if index > 0]).upper()
     right, wrong = (edit_distance(spelled, row["text"]) / len(row["text"]) for row in (said, other))
     assert right < 0.6 and right < wrong - 0.15, spelled
+
+
+def test_acoustic_weights_take_sixty_megabytes_at_most():
+    folders = [WEIGHTS / "soundstream" / "small"]
+    assert sum(map(weight_of, folders)) < 60e6
+    for folder in folders:
+        check_card(folder)
+
+
+def test_the_shipped_codec_is_understood_at_six_and_three_kilobits(speech):
+    """Classic STOI of 10 s of a new speaker; Opus at 6 kbit/s has 0.89 on average of clips."""
+    codec = load("soundstream", "small")
+    assert (codec.num_quantizers, codec.codebook_size, codec.frame_rate) == (12, 1024, 50)
+    audio_BS = torch.from_numpy(speech[: 10 * 16_000])[None]
+    codes_BQT = codec.encode(audio_BS)
+    assert codes_BQT.shape == (1, 12, 500)
+    heard = {
+        levels: stoi(speech[: 10 * 16_000], codec.decode(codes_BQT[:, :levels])[0].numpy(), 16_000)
+        for levels in (1, 6, 12)
+    }
+    assert heard[12] > 0.85 and heard[6] > 0.8 and heard[1] < heard[6] < heard[12], heard

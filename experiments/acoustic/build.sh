@@ -2,11 +2,12 @@
 # The codec and the SoundStorm of this repository, made again and measured:
 #
 #   bash experiments/acoustic/build.sh SOURCE [SOURCE ...] [corpus.KEY=VALUE ...]
-#       [codec.KEY=VALUE ...] [decoder.KEY=VALUE ...] [soundstorm.KEY=VALUE ...] [options.KEY=VALUE ...]
+#       [codec.KEY=VALUE ...] [decoder.KEY=VALUE ...] [soundstorm.KEY=VALUE ...] [windows.KEY=VALUE ...]
+#       [options.KEY=VALUE ...]
 #
 # SOURCE are folders of recordings as data/folder.md describes them; corpus.KEY=VALUE says what is held
-# out of them, codec., decoder. and soundstorm.KEY=VALUE go to the three trainings, options. to the
-# evaluations. Every line below is a command that you can run by itself. A second run goes on where the
+# out of them, codec., decoder., soundstorm. and windows.KEY=VALUE go to the four trainings, options. to
+# the evaluations. Every line below is a command that you can run by itself. A second run goes on where the
 # first one stopped.
 #
 #   FOLDER     where everything is written; runs/acoustic
@@ -50,13 +51,14 @@ ship() {
 }
 
 main() {
-    local sources=() corpus=() codec=() decoder=() soundstorm=() measuring=() word
+    local sources=() corpus=() codec=() decoder=() soundstorm=() windows=() measuring=() word
     for word in "$@"; do
         case $word in
             corpus.*) corpus+=("$word") ;;
             codec.*) codec+=("${word#codec.}") ;;
             decoder.*) decoder+=("${word#decoder.}") ;;
             soundstorm.*) soundstorm+=("${word#soundstorm.}") ;;
+            windows.*) windows+=("${word#windows.}") ;;
             options.*) measuring+=("$word") ;;
             *=*) echo "unknown option $word" >&2 && exit 2 ;;
             *) sources+=("$(realpath "$word")") ;;
@@ -73,22 +75,23 @@ main() {
         ${corpus[@]+"${corpus[@]}"} out="$FOLDER/audio"
     run speechssm tokenize data="$FOLDER/audio" tokenizer="$TOKENIZER" out="$FOLDER/units" workers=2
 
-    say "2/6 codec, first training: spectra and waveform"
+    say "2/6 codec, first training: it learns the codes"
     train codec "$FOLDER/audio" ${codec[@]+"${codec[@]}"}
     ship codec "$FOLDER/first"
 
-    say "3/6 codec, second training: discriminators; the codes stay as they are"
+    say "3/6 codec, second training: a wider decoder; the codes stay as they are"
     train decoder "$FOLDER/audio" stage.initial_weights="$FOLDER/first" ${decoder[@]+"${decoder[@]}"}
-    # The best checkpoint would be the one with the least spectral loss: an early one, hardly trained.
-    ship decoder "$WEIGHTS/soundstream/$NAME" checkpoint=last
+    ship decoder "$WEIGHTS/soundstream/$NAME"
 
     say "4/6 encode: codes and units side by side"
-    run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$WEIGHTS/soundstream/$NAME" \
-        out="$FOLDER/codes" max_document_seconds=480
+    run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$FOLDER/first" \
+        out="$FOLDER/codes" max_document_seconds=900
 
-    say "5/6 SoundStorm"
+    say "5/6 SoundStorm: rows of 8 s, then rows as long as its windows"
     train soundstorm "$FOLDER/codes" ${soundstorm[@]+"${soundstorm[@]}"}
-    ship soundstorm "$WEIGHTS/soundstorm/$NAME"
+    train soundstorm_windows "$FOLDER/codes" stage.initial_weights="$FOLDER/soundstorm" \
+        ${windows[@]+"${windows[@]}"}
+    ship soundstorm_windows "$WEIGHTS/soundstorm/$NAME"
 
     say "6/6 measure: the codec beside Opus and Codec2, then the voices"
     run speechssm evaluate codec data="$FOLDER/audio" codec="[$FOLDER/first,$WEIGHTS/soundstream/$NAME]" \

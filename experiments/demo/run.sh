@@ -5,13 +5,18 @@
 set -euo pipefail
 
 FOLDER=${FOLDER:-runs/demo}
-# What the later stages work with: a NAME in data/weights/tokenizer, or "$FOLDER/tokenizer".
+# What the later stages work with: a NAME in data/weights/STAGE, or what is trained here, that is
+# "$FOLDER/tokenizer", "$FOLDER/soundstream" and, for the codes of the latter, "$FOLDER/soundstorm".
 TOKENIZER=${TOKENIZER:-distilled}
+CODEC=${CODEC:-small}
+SOUNDSTORM=${SOUNDSTORM:-small}
 SEED=${SEED:-1}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
 
 say() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
+# list ITEM [ITEM ...]: [ITEM,ITEM], each of them once.
+list() { printf '%s\n' "$@" | sort -u | paste -sd, | sed 's/.*/[&]/'; }
 run() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
 
 main() {
@@ -27,16 +32,18 @@ main() {
     say "3/10 tokenize: turn every recording into units, in 30 s windows that overlap by 4 s"
     run speechssm tokenize data="$FOLDER/audio" tokenizer="$TOKENIZER" out="$FOLDER/units" workers=2
 
-    say "4/10 codec: learn to write 16 kHz sound as 50 code frames a second, and to play them back"
+    say "4/10 codec: learn to write 16 kHz sound as 50 code frames a second, and to play them back
+         (what follows uses the shipped $CODEC)"
     run speechssm train stage=soundstream name=demo/soundstream run_folder="$FOLDER/soundstream" \
         seed="$SEED" data.folder="$FOLDER/audio"
 
     say "5/10 encode: write codes and units side by side, for the acoustic model to learn from
          (in this demo the first 90 s of each recording)"
-    run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$FOLDER/soundstream" \
+    run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$CODEC" \
         out="$FOLDER/codes" max_document_seconds=90
 
-    say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice"
+    say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice
+         (what follows uses the shipped $SOUNDSTORM)"
     run speechssm train stage=soundstorm name=demo/soundstorm run_folder="$FOLDER/soundstorm" \
         seed="$SEED" data.folder="$FOLDER/codes"
 
@@ -44,8 +51,7 @@ main() {
     run speechssm train -m experiment=sequence_length sweep_folder="$FOLDER/sequence_length" \
         seed="$SEED" data.folder="$FOLDER/units" \
         callbacks.audio_samples.tokenizer="$TOKENIZER" \
-        callbacks.audio_samples.soundstorm="$FOLDER/soundstorm" \
-        callbacks.audio_samples.codec="$FOLDER/soundstream"
+        callbacks.audio_samples.soundstorm="$SOUNDSTORM" callbacks.audio_samples.codec="$CODEC"
 
     say "8/10 generate: continue 10 s of a held-out reader for two minutes, in a state of fixed size"
     run python -c "import soundfile as s; s.write('$FOLDER/prompt.wav', \
@@ -53,20 +59,20 @@ main() {
     run speechssm generate prompt="$FOLDER/prompt.wav" seconds=120 seed="$SEED" \
         out="$FOLDER/continuation.wav" \
         tokenizer="$TOKENIZER" lm="$FOLDER/sequence_length/16min" \
-        soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream"
+        soundstorm="$SOUNDSTORM" codec="$CODEC"
 
     say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
     run speechssm evaluate tokenizer data="$FOLDER/audio" \
         tokenizer="[$FOLDER/tokenizer,small,distilled]" out="$FOLDER/evaluation/tokenizer" \
         options.tokenizer.max_hours=0.5 options.tokenizer.measures=[units,phones,speakers]
-    run speechssm evaluate codec data="$FOLDER/audio" codec="$FOLDER/soundstream" \
-        out="$FOLDER/evaluation/codec" options.codec.max_crops=24 'options.codec.peers=[opus:6,codec2:3200]'
-    run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$FOLDER/soundstorm" \
+    run speechssm evaluate codec data="$FOLDER/audio" codec="[$FOLDER/soundstream,small]" \
+        out="$FOLDER/evaluation/codec" options.codec.max_crops=12 'options.codec.peers=[opus:6,codec2:3200]'
+    run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$(list "$FOLDER/soundstorm" "$SOUNDSTORM")" \
         out="$FOLDER/evaluation/acoustic"
     run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
         out="$FOLDER/evaluation/likelihood"
     run speechssm bench pipeline tokenizer="$TOKENIZER" lm="$FOLDER/sequence_length/16min" \
-        soundstorm="$FOLDER/soundstorm" codec="$FOLDER/soundstream" out="$FOLDER/bench/pipeline"
+        soundstorm="$SOUNDSTORM" codec="$CODEC" out="$FOLDER/bench/pipeline"
 
     say "10/10 report: one page with the table, the curves and the sound"
     run speechssm report folder="$FOLDER"

@@ -117,18 +117,23 @@ def evaluate_codec(config: Mapping[str, Any], options: dict[str, Any]) -> list[R
 
 
 def evaluate_acoustic(config: Mapping[str, Any], options: dict[str, Any]) -> list[Row]:
-    """Code shards measure what SoundStorm predicts; audio, with codec and tokenizer, what it
-    speaks."""
+    """Code shards measure what SoundStorm, or each of a list of them, predicts; audio, with codec
+    and tokenizer, what one speaks."""
     from speechssm.evaluation.acoustic.codes import evaluate_codes
 
-    path = named_model(config, "soundstorm")
     data, out, seed = config["data"], config["out"], options.pop("seed")
-    details = run_details("soundstorm", path)
     of_codes = {name: options.pop(name) for name in CODE_OPTIONS if name in options}
     if holds_codes(data):
-        model = load("soundstorm", path, device=device_of(config))
-        check_tokens("soundstorm", model.trained_on, data)
-        return evaluate_codes(model, data, out, seed=seed, details=details, **of_codes)
+        paths = named_models(config, "soundstorm")
+        models, details = {}, {}
+        names = short_names(paths) if len(paths) > 1 else ["SoundStorm"]
+        for name, path in zip(names, paths, strict=True):
+            models[name] = load("soundstorm", path, device=device_of(config))
+            check_tokens(f"soundstorm={path}", models[name].trained_on, data)
+            details[name] = run_details("soundstorm", path)
+        return evaluate_codes(models, data, out, seed=seed, details=details, **of_codes)
+    path = named_model(config, "soundstorm")
+    details = run_details("soundstorm", path)
     from speechssm.evaluation.acoustic.options import Options
     from speechssm.evaluation.acoustic.resynthesis import evaluate_resynthesis
 

@@ -154,12 +154,15 @@ def listening_section(folder: Folder, report: Path) -> Section:
         )
     for original in originals:
         number = original.stem.split("-")[0]
-        copies = sorted(original.parent.glob(f"{number}-reconstruction.*"))
+        copies = sorted(original.parent.glob(f"{number}-reconstruction*.*"))
         pair = [place_sound(original, report, f"codec-{number}-original", f"Original {number}",
                             "Held-out recording.")]  # fmt: skip
         for copy in copies:
-            pair.append(place_sound(copy, report, f"codec-{number}-reconstruction",
-                                    f"Reconstruction {number}", "Through the codec."))  # fmt: skip
+            kind, _, name = copy.stem.removeprefix(f"{number}-").partition("-")
+            title, codec_name = f"{kind.capitalize()} {number}", f"codec {name}".strip()
+            pair.append(
+                place_sound(copy, report, f"codec-{copy.stem}", title, f"Through the {codec_name}.")
+            )
         blocks.append(Sounds(pair))
     if not originals:
         blocks.append(Missing("originals and reconstructions", MAKE["log_mel_distance"]))

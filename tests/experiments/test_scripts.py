@@ -43,6 +43,10 @@ def commands(script: str, words: list[str], folder: Path, **environment: str) ->
         ("tokenizer/build.sh", [".", "corpus.heldout_sets=[test]", "trainer.max_steps=9",
           "second.trainer.max_steps=5", "options.tokenizer.excerpts=2"], {"WHISPER": "weights"},
          {"prepare", "train", "export", "evaluate"}),
+        ("acoustic/build.sh", [".", "codec.trainer.max_steps=9", "decoder.trainer.max_steps=8",
+          "soundstorm.trainer.max_steps=7", "windows.trainer.max_steps=6",
+          "options.codec.max_crops=4"], {"RECOGNIZER": "tiny"},
+         {"prepare", "tokenize", "encode", "train", "export", "evaluate"}),
     ],
 )  # fmt: skip
 def test_every_command_of_a_script_exists(script, words, environment, verbs, tmp_path):

@@ -68,7 +68,7 @@ def whole_level_mask(
 
 @torch.inference_mode()
 def evaluate_codes(
-    model: torch.nn.Module,
+    models: Mapping[str, torch.nn.Module],
     data: str | Path,
     out: str | Path,
     *,
@@ -76,7 +76,7 @@ def evaluate_codes(
     max_seconds: float = 8.0,
     unit_rate: int = 25,
     seed: int = 0,
-    details: Mapping[str, object] | None = None,
+    details: Mapping[str, Mapping[str, object]] | None = None,
     show_progress: bool = True,
 ) -> list[Row]:
     """Nats and accuracy per masked code of each level against the level's unigram.
@@ -90,21 +90,22 @@ def evaluate_codes(
     exactly the same frames. Intervals are a 95% bootstrap over documents, margins are paired.
 
     Args:
-        model: SoundStorm in eval mode.
+        models: name to SoundStorm in eval mode; all of them for the codes of `data`.
         data: code shard folder with `train` and `heldout`.
         out: folder for metrics.json, table.md and the plot.
         max_pieces: held-out pieces to measure (a seeded choice).
         max_seconds: pieces are cut to this.
-        details: `seed`, `config_hash`, `model`, `scale` of the model's run, for the rows.
+        details: of each model `seed`, `config_hash`, `model`, `scale` of its run, for the rows.
 
     Raises:
         ShardError: no code shards there. ConfigError: no held-out pieces.
     """
-    levels, repeat = model.num_quantizers, model.unit_repeat
-    counts_QC = np.zeros((levels, model.codebook_size), dtype=np.int64)
+    first = next(iter(models.values()))
+    levels, repeat = first.num_quantizers, first.unit_repeat
+    counts_QC = np.zeros((levels, first.codebook_size), dtype=np.int64)
     for piece in iterate_codes(data, "train", unit_repeat=repeat):
         for level in range(levels):
-            counts_QC[level] += np.bincount(piece.codes[level], minlength=model.codebook_size)
+            counts_QC[level] += np.bincount(piece.codes[level], minlength=first.codebook_size)
     unigrams = [Unigram(counts) for counts in counts_QC]
     max_units = int(max_seconds * unit_rate)
     pieces = list(iterate_codes(data, "heldout", unit_repeat=repeat, max_units=max_units))
@@ -117,14 +118,15 @@ def evaluate_codes(
     names = sorted({piece.document for piece in pieces})
     place = {name: index for index, name in enumerate(names)}
     # nats, unigram nats, right guesses, tokens; per way of masking, level and document
-    sums = np.zeros((2, levels, 4, len(names)))
-    generator = torch.Generator().manual_seed(seed)
+    sums = {name: np.zeros((2, levels, 4, len(names))) for name in models}
     prompt_frames = int(PROMPT_SECONDS * unit_rate * repeat)
     with progress_bar(show_progress) as progress:
-        for piece in progress.track(pieces, description="SoundStorm on held-out codes"):
-            sums[:, :, :, place[piece.document]] += score_piece(
-                model, piece, unigrams, prompt_frames, generator
-            )
+        for name, model in models.items():
+            generator = torch.Generator().manual_seed(seed)  # the same masks for each
+            for piece in progress.track(pieces, description=f"{name} on held-out codes"):
+                sums[name][:, :, :, place[piece.document]] += score_piece(
+                    model, piece, unigrams, prompt_frames, generator
+                )
     return summarize(sums, Path(out), seed, details or {})
 
 
@@ -168,41 +170,52 @@ def score_piece(
     return result
 
 
-def summarize(sums: np.ndarray, out: Path, seed: int, details: Mapping[str, object]) -> list[Row]:
-    """Rows, comparisons and plot from sums [2, Q, 4, documents]."""
+def summarize(
+    sums: Mapping[str, np.ndarray],
+    out: Path,
+    seed: int,
+    details: Mapping[str, Mapping[str, object]],
+) -> list[Row]:
+    """Rows, comparisons and plot from each model's sums [2, Q, 4, documents]."""
     rows, comparisons = [], []
-    for way, name in enumerate((WHOLE, TRAINING)):
-        for level in range(sums.shape[1]):
-            nats, unigram, correct, tokens = sums[way, level]
-            if not tokens.sum():
+    first = next(iter(sums))
+    for way, masking in enumerate((WHOLE, TRAINING)):
+        for level in range(sums[first].shape[1]):
+            if not sums[first][way, level, 3].sum():
                 continue
-            where = f"level {level + 1}, {name}"
-            ours = bootstrap_ratio(nats, tokens, seed=seed)
-            theirs = bootstrap_ratio(unigram, tokens, seed=seed)
-            accuracy = bootstrap_ratio(correct, tokens, seed=seed)
-            margin = bootstrap_ratio(unigram - nats, tokens, seed=seed)
-            for metric, system, value, unit, extra in (
-                ("nats_per_code", f"SoundStorm, {where}", ours, "nats/code", details),
-                ("nats_per_code", f"unigram, {where}", theirs, "nats/code", {}),
-                ("accuracy", f"SoundStorm, {where}", accuracy, "share", details),
-            ):
-                rows.append(Row(metric, system, "heldout", value.value, unit, value.low,
-                                value.high, value.n, **extra))  # fmt: skip
-            comparisons.append(
-                Comparison.of(
-                    "soundstorm",
-                    "nats_per_code",
-                    f"SoundStorm, {where}",
-                    "unigram of its training codes",
-                    ours.value,
-                    theirs.value,
-                    "nats/code",
-                    higher_is_better=False,
-                    low=margin.low,
-                    high=margin.high,
-                    n=margin.n,
+            where = f"level {level + 1}, {masking}"
+            for name, of_model in sums.items():
+                nats, unigram, correct, tokens = of_model[way, level]
+                ours, theirs, accuracy, margin = (
+                    bootstrap_ratio(total, tokens, seed=seed)
+                    for total in (nats, unigram, correct, unigram - nats)
                 )
-            )
+                written = [
+                    ("nats_per_code", f"{name}, {where}", ours, "nats/code"),
+                    ("accuracy", f"{name}, {where}", accuracy, "share"),
+                ]
+                if name == first:  # the others are scored on the same codes
+                    written.insert(1, ("nats_per_code", f"unigram, {where}", theirs, "nats/code"))
+                rows += [
+                    Row(metric, system, "heldout", value.value, unit, value.low, value.high,
+                        value.n, **({} if system.startswith("unigram") else details.get(name, {})))
+                    for metric, system, value, unit in written
+                ]  # fmt: skip
+                comparisons.append(
+                    Comparison.of(
+                        "soundstorm",
+                        "nats_per_code",
+                        f"{name}, {where}",
+                        "unigram of its training codes",
+                        ours.value,
+                        theirs.value,
+                        "nats/code",
+                        higher_is_better=False,
+                        low=margin.low,
+                        high=margin.high,
+                        n=margin.n,
+                    )
+                )
     write_results(out, rows, comparisons=comparisons, title="SoundStorm on held-out codes")
     shown = [row for row in rows if row.name == "nats_per_code" and row.system.endswith(WHOLE)]
     drawing = plot_dots(
@@ -211,7 +224,10 @@ def summarize(sums: np.ndarray, out: Path, seed: int, details: Mapping[str, obje
         [row.low for row in shown],
         [row.high for row in shown],
         "nats per code, whole level masked (lower is better)",
-        colours=[-1 if row.system.startswith("unigram") else 0 for row in shown],
+        colours=[
+            -1 if row.system.startswith("unigram") else list(sums).index(row.system.split(", ")[0])
+            for row in shown
+        ],
     )
     save_figure(drawing, out / "nats_per_code.svg")
     return rows

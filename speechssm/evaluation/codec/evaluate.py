@@ -43,7 +43,7 @@ def evaluate_codec(
     Args:
         codecs: ours, with different names.
         data: audio shards, of which `heldout` is measured, or a folder of recordings.
-        out: folder for metrics.json, table.md, plots and `examples/` of the first codec at its
+        out: folder for metrics.json, table.md, plots and `examples/` of each codec at its
             highest bitrate.
         fit: where the mean spectrum is from: shards (`train`) or a folder; None: the rest of data.
         judges: by name, instead of those that are installed.
@@ -101,7 +101,7 @@ def evaluate_codec(
             measure_system(system, listener, rate, findings, progress)
     rows = write(findings, out)
     # Afterwards: a codec counts the codes of all that it makes.
-    write_examples(codecs[0], clips, rate, out, options.examples)
+    write_examples(codecs, clips, rate, out, options.examples)
     return rows
 
 
@@ -154,15 +154,19 @@ def _baselines(
     return baseline_values(listener, mean, seed)
 
 
-def write_examples(codec: OurCodec, clips: Sequence[Clip], rate: int, out: Path, count: int):
-    """Pairs of files, from different documents as far as there are some."""
+def write_examples(
+    codecs: Sequence[OurCodec], clips: Sequence[Clip], rate: int, out: Path, count: int
+):
+    """Originals and what each codec makes of them, of different documents as far as there are."""
     first_of_document = {clip.document: clip for clip in reversed(clips)}
     chosen = [clip for clip in clips if first_of_document[clip.document] is clip]
     for number, clip in enumerate(chosen[:count], start=1):
         stem = out / "examples" / f"{number}"
-        decoded_S = codec.resynthesize(clip.audio, rate)[-1].audio[: len(clip.audio)]
         write_audio(f"{stem}-original.flac", clip.audio, rate)
-        write_audio(f"{stem}-reconstruction.flac", np.clip(decoded_S, -1, 1), rate)
+        for codec in codecs:
+            name = f"-{codec.name.replace('/', '-')}" if len(codecs) > 1 else ""
+            decoded_S = codec.resynthesize(clip.audio, rate)[-1].audio[: len(clip.audio)]
+            write_audio(f"{stem}-reconstruction{name}.flac", np.clip(decoded_S, -1, 1), rate)
 
 
 def _task(progress: Progress, title: str, steps: int) -> Callable[[], None]:

@@ -33,7 +33,8 @@ class Oracle(torch.nn.Module):
 
 
 def evaluate(model, shards, out, **options):
-    evaluate_codes(model, shards, out, show_progress=False, **options)
+    models = model if isinstance(model, dict) else {"SoundStorm": model}
+    evaluate_codes(models, shards, out, show_progress=False, **options)
     rows = {(row.name, row.system): row for row in read_rows(out / "metrics.json")}
     return rows, json.loads((out / "metrics.json").read_text())["comparisons"]
 
@@ -53,6 +54,18 @@ def test_a_model_that_knows_nothing_is_uniform_and_does_not_hold(code_shards, tm
     uniform = rows["nats_per_code", "SoundStorm, level 1, whole level masked"]
     assert uniform.value == pytest.approx(np.log(CODES), rel=1e-5)
     assert not any(entry["holds"] for entry in comparisons)
+
+
+def test_two_models_are_scored_on_the_same_masks(code_shards, tmp_path):
+    pair = {"first": Oracle(2.0), "second": Oracle(2.0)}
+    details = {"second": {"model": "other"}}
+    rows, comparisons = evaluate(pair, code_shards, tmp_path, details=details)
+    assert len(comparisons) == 4 * LEVELS
+    assert sum(name == "nats_per_code" for name, _ in rows) == 2 * 3 * LEVELS
+    for way in ("whole level masked", "masks as in training"):
+        scores = [rows["nats_per_code", f"{name}, level 2, {way}"] for name in pair]
+        assert scores[0].value == scores[1].value > 0
+        assert [row.model for row in scores] == [None, "other"]
 
 
 def test_the_unigram_is_the_entropy_of_the_level(tmp_path):

@@ -150,6 +150,16 @@ def test_examples_are_written_as_pairs(audio_shards, sample_codec, tmp_path):
     ]  # fmt: skip
 
 
+def test_examples_of_several_codecs_lie_beside_the_same_original(
+    audio_shards, sample_codec, tmp_path
+):
+    codecs = {"runs/first": sample_codec(), "small": sample_codec()}
+    evaluate(codecs, audio_shards, tmp_path, examples=1)
+    assert sorted(path.name for path in (tmp_path / "examples").iterdir()) == [
+        "1-original.flac", "1-reconstruction-runs-first.flac", "1-reconstruction-small.flac",
+    ]  # fmt: skip
+
+
 def test_a_folder_with_a_manifest_is_held_out_by_speaker(folder, sample_codec, tmp_path):
     lines = ["path\tspeaker\tchapter\ttranscript"]
     lines += [f"{n}.wav\t{'anna' if n < 2 else 'bert'}\tc{n}\tone two three" for n in range(4)]
