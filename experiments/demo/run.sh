@@ -6,10 +6,15 @@ set -euo pipefail
 
 FOLDER=${FOLDER:-runs/demo}
 # What the later stages work with: a NAME in data/weights/STAGE, or what is trained here, that is
-# "$FOLDER/tokenizer", "$FOLDER/soundstream" and, for the codes of the latter, "$FOLDER/soundstorm".
+# "$FOLDER/tokenizer", "$FOLDER/soundstream", "$FOLDER/soundstorm". The shipped SoundStorm knows the
+# shipped units and codes alone: with others, the one that is trained here speaks.
 TOKENIZER=${TOKENIZER:-distilled}
 CODEC=${CODEC:-small}
-SOUNDSTORM=${SOUNDSTORM:-small}
+if [ "$TOKENIZER,$CODEC" = distilled,small ]; then
+    SOUNDSTORM=${SOUNDSTORM:-small}
+else
+    SOUNDSTORM=${SOUNDSTORM:-$FOLDER/soundstorm}
+fi
 SEED=${SEED:-1}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
@@ -33,7 +38,7 @@ main() {
     run speechssm tokenize data="$FOLDER/audio" tokenizer="$TOKENIZER" out="$FOLDER/units" workers=2
 
     say "4/10 codec: learn to write 16 kHz sound as 50 code frames a second, and to play them back
-         (what follows uses the shipped $CODEC)"
+         (what follows uses $CODEC)"
     run speechssm train stage=soundstream name=demo/soundstream run_folder="$FOLDER/soundstream" \
         seed="$SEED" data.folder="$FOLDER/audio"
 
@@ -43,7 +48,7 @@ main() {
         out="$FOLDER/codes" max_document_seconds=90
 
     say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice
-         (what follows uses the shipped $SOUNDSTORM)"
+         (what follows uses $SOUNDSTORM)"
     run speechssm train stage=soundstorm name=demo/soundstorm run_folder="$FOLDER/soundstorm" \
         seed="$SEED" data.folder="$FOLDER/codes"
 
@@ -65,7 +70,7 @@ main() {
     run speechssm evaluate tokenizer data="$FOLDER/audio" \
         tokenizer="[$FOLDER/tokenizer,small,distilled]" out="$FOLDER/evaluation/tokenizer" \
         options.tokenizer.max_hours=0.5 options.tokenizer.measures=[units,phones,speakers]
-    run speechssm evaluate codec data="$FOLDER/audio" codec="[$FOLDER/soundstream,small]" \
+    run speechssm evaluate codec data="$FOLDER/audio" codec="$(list "$FOLDER/soundstream" small "$CODEC")" \
         out="$FOLDER/evaluation/codec" options.codec.max_crops=12 'options.codec.peers=[opus:6,codec2:3200]'
     run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$(list "$FOLDER/soundstorm" "$SOUNDSTORM")" \
         out="$FOLDER/evaluation/acoustic"

@@ -133,7 +133,8 @@ class ResidualVectorQuantizer(Float32Buffers):
         keep = self.ema_decay
         previous_K = self.count_QK[level]
         count_K = keep * previous_K + (1 - keep) * count_K
-        # A code times its count is the average of the sums: no third buffer is needed.
+        # A code times its count is the average of the sums: no third buffer is needed. (A code that
+        # is never chosen nor replaced loses its length once its count is below 1e-8.)
         sum_KD = keep * (self.codebook_QKD[level] * previous_K[:, None]) + (1 - keep) * sum_KD
         dead_K = count_K < self.dead_code_threshold
         # A new code starts with the mean count, so that it has time to prove its worth.

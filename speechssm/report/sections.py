@@ -159,7 +159,8 @@ def listening_section(folder: Folder, report: Path) -> Section:
                             "Held-out recording.")]  # fmt: skip
         for copy in copies:
             kind, _, name = copy.stem.removeprefix(f"{number}-").partition("-")
-            title, codec_name = f"{kind.capitalize()} {number}", f"codec {name}".strip()
+            codec_name = f"codec {name}".strip()
+            title = f"{kind.capitalize()} {number} {name}".strip()
             pair.append(
                 place_sound(copy, report, f"codec-{copy.stem}", title, f"Through the {codec_name}.")
             )

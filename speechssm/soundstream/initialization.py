@@ -92,7 +92,7 @@ def start_as_narrower(decoder: StreamingChain, trained: StreamingChain) -> None:
     """Make a decoder play what a trained one with fewer channels and residual units plays.
 
     The trained weights take the first channels. New channels keep their weights but are not heard
-    at first; new residual units begin as identities. All of it learns from the first step on.
+    at first; new residual units begin as identities. What is zero learns first, and then the rest.
 
     Raises:
         ConfigError: the trained decoder is nowhere a part of this one.
@@ -105,22 +105,33 @@ def start_as_narrower(decoder: StreamingChain, trained: StreamingChain) -> None:
             continue
         if type(layer) is not type(known):
             break
-        inputs = 0 if isinstance(layer, CausalTransposedConv) else 1  # the weight's dimension
-        for (name, ours), value in zip(layer.named_parameters(), known.parameters(), strict=True):
-            if any(old > new for old, new in zip(value.shape, ours.shape, strict=True)):
-                raise ConfigError(
-                    f"a decoder whose {name} has shape {list(ours.shape)} cannot begin as a "
-                    f"trained one where it has {list(value.shape)}: it must be at least as wide"
-                )
-            if value.dim() > 1:
-                # What new channels come to must not reach the old ones yet.
-                ours.narrow(1 - inputs, 0, value.shape[1 - inputs]).zero_()
-            ours[tuple(map(slice, value.shape))] = value
+        copy_into(layer, known)
         known = next(theirs, None)
-    else:
-        if known is None:
-            return
-    raise ConfigError(
-        "the decoders have different strides or activations: a decoder can begin as a trained one "
-        "that has fewer channels or fewer residual units"
-    )
+    if known is not None:
+        raise ConfigError(
+            "the trained decoder has residual units or activations that this one has not: "
+            "decoder_units must be at least its own, and model.activation the same"
+        )
+
+
+def copy_into(layer: nn.Module, trained: nn.Module) -> None:
+    """A trained layer's weights in the first channels of one that is as wide or wider."""
+    for ours, theirs in zip(layer.modules(), trained.modules(), strict=True):
+        if isinstance(ours, nn.Conv1d | nn.ConvTranspose1d):
+            kinds = [(c.kernel_size, c.stride, c.dilation, c.bias is None) for c in (ours, theirs)]
+            if kinds[0] != kinds[1]:
+                raise ConfigError(
+                    f"a convolution of kernel, stride and dilation {kinds[0][:3]} cannot begin as "
+                    f"one of {kinds[1][:3]}: the decoders may differ in widths and units alone"
+                )
+    inputs = 0 if isinstance(layer, CausalTransposedConv) else 1  # the weight's dimension
+    for (name, ours), value in zip(layer.named_parameters(), trained.parameters(), strict=True):
+        if any(old > new for old, new in zip(value.shape, ours.shape, strict=True)):
+            raise ConfigError(
+                f"a decoder whose {name} has shape {list(ours.shape)} cannot begin as a trained "
+                f"one where it has {list(value.shape)}: it must be at least as wide"
+            )
+        if value.dim() > 1:
+            # What new channels come to must not reach the old ones yet.
+            ours.narrow(1 - inputs, 0, value.shape[1 - inputs]).zero_()
+        ours[tuple(map(slice, value.shape))] = value

@@ -80,7 +80,8 @@ class SoundStream(nn.Module):
         start: "random" (PyTorch's weights) or "transform" (see initialization.py).
 
     Raises:
-        ConfigError: channels, strides and units do not fit each other, or an unknown start.
+        ConfigError: channels, strides and units, of the encoder or the decoder, do not fit each
+            other; an unknown start or activation.
     """
 
     def __init__(

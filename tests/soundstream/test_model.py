@@ -225,14 +225,17 @@ def test_a_wider_decoder_begins_by_playing_what_the_trained_one_plays(activation
     assert not still
 
 
-def test_a_decoder_cannot_begin_as_a_wider_one_or_one_of_other_strides():
+def test_a_decoder_cannot_begin_as_one_that_is_no_part_of_it():
     wide = random_codec(decoder_channels=[c + 3 for c in SMALL["channels"]])
     narrow = random_codec()
     with pytest.raises(ConfigError, match="must be at least as wide"):
         start_as_narrower(narrow.decoder, wide.decoder)
-    other = random_codec(activation="leaky_relu")
-    with pytest.raises(ConfigError, match="different strides or activations"):
-        start_as_narrower(narrow.decoder, other.decoder)
+    for other in ({"activation": "leaky_relu"}, {"decoder_units": [0, 3]}):
+        with pytest.raises(ConfigError, match="decoder_units must be at least its own"):
+            start_as_narrower(random_codec(**other).decoder, narrow.decoder)
+    for other in ({"strides": [3, 8]}, {"kernel": 9}, {"dilations": [1, 2, 9]}):
+        with pytest.raises(ConfigError, match="may differ in widths and units alone"):
+            start_as_narrower(random_codec(**other).decoder, narrow.decoder)
 
 
 def test_the_decoders_widths_leave_the_encoder_as_it_is():

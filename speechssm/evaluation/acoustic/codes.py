@@ -98,9 +98,18 @@ def evaluate_codes(
         details: of each model `seed`, `config_hash`, `model`, `scale` of its run, for the rows.
 
     Raises:
-        ShardError: no code shards there. ConfigError: no held-out pieces.
+        ShardError: no code shards there. ConfigError: no held-out pieces, or models for codes of
+            different sizes.
     """
     first = next(iter(models.values()))
+    for name, model in models.items():
+        for attribute in ("num_quantizers", "codebook_size", "unit_repeat"):
+            values = getattr(first, attribute), getattr(model, attribute)
+            if values[0] != values[1]:
+                raise ConfigError(
+                    f"{name} has {attribute} {values[1]}, {next(iter(models))} has {values[0]}: "
+                    "compare SoundStorms that were trained on the same codes"
+                )
     levels, repeat = first.num_quantizers, first.unit_repeat
     counts_QC = np.zeros((levels, first.codebook_size), dtype=np.int64)
     for piece in iterate_codes(data, "train", unit_repeat=repeat):
@@ -178,35 +187,38 @@ def summarize(
 ) -> list[Row]:
     """Rows, comparisons and plot from each model's sums [2, Q, 4, documents]."""
     rows, comparisons = [], []
+    shown: list[tuple[int, Row]] = []  # place of the model, -1 = the unigram
     first = next(iter(sums))
     for way, masking in enumerate((WHOLE, TRAINING)):
         for level in range(sums[first].shape[1]):
             if not sums[first][way, level, 3].sum():
                 continue
             where = f"level {level + 1}, {masking}"
-            for name, of_model in sums.items():
+            for place, (name, of_model) in enumerate(sums.items()):
                 nats, unigram, correct, tokens = of_model[way, level]
                 ours, theirs, accuracy, margin = (
                     bootstrap_ratio(total, tokens, seed=seed)
                     for total in (nats, unigram, correct, unigram - nats)
                 )
-                written = [
-                    ("nats_per_code", f"{name}, {where}", ours, "nats/code"),
-                    ("accuracy", f"{name}, {where}", accuracy, "share"),
+                scored = [
+                    (place, "nats_per_code", f"{name}, {where}", ours, "nats/code"),
+                    (place, "accuracy", f"{name}, {where}", accuracy, "share"),
                 ]
-                if name == first:  # the others are scored on the same codes
-                    written.insert(1, ("nats_per_code", f"unigram, {where}", theirs, "nats/code"))
-                rows += [
-                    Row(metric, system, "heldout", value.value, unit, value.low, value.high,
-                        value.n, **({} if system.startswith("unigram") else details.get(name, {})))
-                    for metric, system, value, unit in written
-                ]  # fmt: skip
+                if place == 0:  # the unigram is scored on the same codes for each model
+                    unigram_row = (-1, "nats_per_code", f"unigram, {where}", theirs, "nats/code")
+                    scored.insert(1, unigram_row)
+                for whose, metric, system, value, unit in scored:
+                    extra = details.get(name, {}) if whose >= 0 else {}
+                    rows.append(Row(metric, system, "heldout", value.value, unit, value.low,
+                                    value.high, value.n, **extra))  # fmt: skip
+                    if (masking, metric) == (WHOLE, "nats_per_code"):
+                        shown.append((whose, rows[-1]))
                 comparisons.append(
                     Comparison.of(
                         "soundstorm",
                         "nats_per_code",
                         f"{name}, {where}",
-                        "unigram of its training codes",
+                        "unigram of the train split",
                         ours.value,
                         theirs.value,
                         "nats/code",
@@ -217,17 +229,13 @@ def summarize(
                     )
                 )
     write_results(out, rows, comparisons=comparisons, title="SoundStorm on held-out codes")
-    shown = [row for row in rows if row.name == "nats_per_code" and row.system.endswith(WHOLE)]
     drawing = plot_dots(
-        [row.system.removesuffix(f", {WHOLE}") for row in shown],
-        [row.value for row in shown],
-        [row.low for row in shown],
-        [row.high for row in shown],
+        [row.system.removesuffix(f", {WHOLE}") for _, row in shown],
+        [row.value for _, row in shown],
+        [row.low for _, row in shown],
+        [row.high for _, row in shown],
         "nats per code, whole level masked (lower is better)",
-        colours=[
-            -1 if row.system.startswith("unigram") else list(sums).index(row.system.split(", ")[0])
-            for row in shown
-        ],
+        colours=[whose for whose, _ in shown],
     )
     save_figure(drawing, out / "nats_per_code.svg")
     return rows

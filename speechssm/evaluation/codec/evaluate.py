@@ -158,6 +158,8 @@ def write_examples(
     codecs: Sequence[OurCodec], clips: Sequence[Clip], rate: int, out: Path, count: int
 ):
     """Originals and what each codec makes of them, of different documents as far as there are."""
+    for old in (out / "examples").glob("*-*.flac"):
+        old.unlink()  # of an earlier evaluation, maybe of other codecs
     first_of_document = {clip.document: clip for clip in reversed(clips)}
     chosen = [clip for clip in clips if first_of_document[clip.document] is clip]
     for number, clip in enumerate(chosen[:count], start=1):

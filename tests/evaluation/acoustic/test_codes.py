@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from speechssm.data.shards import ShardWriter
+from speechssm.errors import ConfigError
 from speechssm.evaluation.acoustic.codes import evaluate_codes, whole_level_mask
 from speechssm.report.rows import read_rows
 
@@ -66,6 +67,15 @@ def test_two_models_are_scored_on_the_same_masks(code_shards, tmp_path):
         scores = [rows["nats_per_code", f"{name}, level 2, {way}"] for name in pair]
         assert scores[0].value == scores[1].value > 0
         assert [row.model for row in scores] == [None, "other"]
+    for ours, theirs in zip(pair["first"].seen, pair["second"].seen, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_models_for_other_codes_are_not_compared(code_shards, tmp_path):
+    pair = {"first": Oracle(1.0), "second": Oracle(1.0)}
+    pair["second"].num_quantizers = LEVELS - 1
+    with pytest.raises(ConfigError, match="second has num_quantizers 3, first has 4"):
+        evaluate(pair, code_shards, tmp_path)
 
 
 def test_the_unigram_is_the_entropy_of_the_level(tmp_path):
