@@ -6,15 +6,10 @@ set -euo pipefail
 
 FOLDER=${FOLDER:-runs/demo}
 # What the later stages work with: a NAME in data/weights/STAGE, or what is trained here, that is
-# "$FOLDER/tokenizer", "$FOLDER/soundstream", "$FOLDER/soundstorm". The shipped SoundStorm knows the
-# shipped units and codes alone: with others, the one that is trained here speaks.
+# "$FOLDER/tokenizer", "$FOLDER/soundstream", "$FOLDER/soundstorm".
 TOKENIZER=${TOKENIZER:-distilled}
 CODEC=${CODEC:-small}
-if [ "$TOKENIZER,$CODEC" = distilled,small ]; then
-    SOUNDSTORM=${SOUNDSTORM:-small}
-else
-    SOUNDSTORM=${SOUNDSTORM:-$FOLDER/soundstorm}
-fi
+SOUNDSTORM=${SOUNDSTORM:-$FOLDER/soundstorm}
 SEED=${SEED:-1}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
@@ -38,7 +33,7 @@ main() {
     run speechssm tokenize data="$FOLDER/audio" tokenizer="$TOKENIZER" out="$FOLDER/units" workers=2
 
     say "4/10 codec: learn to write 16 kHz sound as 50 code frames a second, and to play them back
-         (what follows uses $CODEC)"
+         (what follows uses the codec $CODEC)"
     run speechssm train stage=soundstream name=demo/soundstream run_folder="$FOLDER/soundstream" \
         seed="$SEED" data.folder="$FOLDER/audio"
 
@@ -47,8 +42,7 @@ main() {
     run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$CODEC" \
         out="$FOLDER/codes" max_document_seconds=90
 
-    say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice
-         (what follows uses $SOUNDSTORM)"
+    say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice"
     run speechssm train stage=soundstorm name=demo/soundstorm run_folder="$FOLDER/soundstorm" \
         seed="$SEED" data.folder="$FOLDER/codes"
 
