@@ -38,9 +38,9 @@ main() {
         seed="$SEED" data.folder="$FOLDER/audio"
 
     say "5/10 encode: write codes and units side by side, for the acoustic model to learn from
-         (in this demo the first 90 s of each recording)"
+         (in this demo the first minute of each recording)"
     run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$CODEC" \
-        out="$FOLDER/codes" max_document_seconds=90
+        out="$FOLDER/codes" max_document_seconds=60
 
     say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice"
     run speechssm train stage=soundstorm name=demo/soundstorm run_folder="$FOLDER/soundstorm" \
@@ -63,9 +63,9 @@ main() {
     say "9/10 measure: every stage against its trivial baseline on held-out recordings, and memory"
     run speechssm evaluate tokenizer data="$FOLDER/audio" \
         tokenizer="[$FOLDER/tokenizer,small,distilled]" out="$FOLDER/evaluation/tokenizer" \
-        options.tokenizer.max_hours=0.5 options.tokenizer.measures=[units,phones,speakers]
+        options.tokenizer.max_hours=0.25 options.tokenizer.measures=[units,phones,speakers]
     run speechssm evaluate codec data="$FOLDER/audio" codec="$(list "$FOLDER/soundstream" small "$CODEC")" \
-        out="$FOLDER/evaluation/codec" options.codec.max_crops=12 'options.codec.peers=[opus:6,codec2:3200]'
+        out="$FOLDER/evaluation/codec" options.codec.max_crops=8 'options.codec.peers=[opus:6,codec2:3200]'
     run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$(list "$FOLDER/soundstorm" "$SOUNDSTORM")" \
         out="$FOLDER/evaluation/acoustic"
     run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
