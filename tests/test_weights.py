@@ -13,6 +13,9 @@ from pystoi import stoi
 
 from speechssm import load
 from speechssm.evaluation.edit_distance import edit_distance
+from speechssm.pipeline import check_acoustic_models
+from speechssm.soundstorm.decoding import decode
+from speechssm.soundstorm.loss import evaluate_levels
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "data" / "weights"
@@ -87,7 +90,10 @@ def test_acoustic_weights_take_sixty_megabytes_at_most():
     folders = [
         path for stage in ("soundstream", "soundstorm") for path in (WEIGHTS / stage).glob("*")
     ]
-    assert WEIGHTS / "soundstream" / "small" in folders
+    assert {path.parent.name for path in folders if path.name == "small"} == {
+        "soundstream",
+        "soundstorm",
+    }
     assert sum(map(weight_of, folders)) < 60e6
     for folder in folders:
         check_card(folder)
@@ -105,3 +111,27 @@ def test_the_shipped_codec_is_understood_at_six_and_three_kilobits(speech):
         for levels in (1, 6, 12)
     }
     assert heard[12] > 0.85 and heard[6] > 0.8 and heard[1] < heard[6] < heard[12], heard
+
+
+def test_the_shipped_soundstorm_speaks_units_in_the_codes_of_the_codec(speech):
+    tokenizer, codec = load("tokenizer", "distilled"), load("soundstream", "small")
+    soundstorm = load("soundstorm", "small")
+    check_acoustic_models(tokenizer, soundstorm, codec)
+    audio = speech[: 10 * 16_000]
+    units_BU = torch.from_numpy(tokenizer.encode(audio, 16_000))[None]
+    codes_BQT = codec.encode(torch.from_numpy(audio)[None])
+
+    def nats(units_BU: torch.Tensor) -> float:
+        """Of level 1, where what is said is not yet known from coarser codes."""
+        batch = {"codes": codes_BQT, "units": units_BU, "length": torch.tensor([500])}
+        return evaluate_levels(soundstorm, [batch] * 4)["nats"][0]
+
+    assert nats(units_BU) < nats(units_BU.flip(1)) - 0.3
+
+    made_BQT = decode(soundstorm, units_BU, codes_BQT[..., :150])
+    heard = codec.decode(made_BQT)[0].numpy()[3 * 16_000 :]
+    levels = [
+        np.log(np.square(sound.reshape(-1, 640)).mean(1) + 1e-6)
+        for sound in (heard, speech[3 * 16_000 : 10 * 16_000])
+    ]
+    assert np.corrcoef(levels)[0, 1] > 0.6

@@ -2,11 +2,10 @@
 # The codec and the SoundStorm of this repository, made again and measured:
 #
 #   bash experiments/acoustic/build.sh SOURCE [SOURCE ...] [corpus.KEY=VALUE ...]
-#       [codec.KEY=VALUE ...] [decoder.KEY=VALUE ...] [soundstorm.KEY=VALUE ...] [windows.KEY=VALUE ...]
-#       [options.KEY=VALUE ...]
+#       [codec.KEY=VALUE ...] [decoder.KEY=VALUE ...] [soundstorm.KEY=VALUE ...] [options.KEY=VALUE ...]
 #
 # SOURCE are folders of recordings as data/folder.md describes them; corpus.KEY=VALUE says what is held
-# out of them, codec., decoder., soundstorm. and windows.KEY=VALUE go to the four trainings, options. to
+# out of them, codec., decoder. and soundstorm.KEY=VALUE go to the three trainings, options. to
 # the evaluations. Every line below is a command that you can run by itself. A second run goes on where the
 # first one stopped.
 #
@@ -51,14 +50,13 @@ ship() {
 }
 
 main() {
-    local sources=() corpus=() codec=() decoder=() soundstorm=() windows=() measuring=() word
+    local sources=() corpus=() codec=() decoder=() soundstorm=() measuring=() word
     for word in "$@"; do
         case $word in
             corpus.*) corpus+=("$word") ;;
             codec.*) codec+=("${word#codec.}") ;;
             decoder.*) decoder+=("${word#decoder.}") ;;
             soundstorm.*) soundstorm+=("${word#soundstorm.}") ;;
-            windows.*) windows+=("${word#windows.}") ;;
             options.*) measuring+=("$word") ;;
             *=*) echo "unknown option $word" >&2 && exit 2 ;;
             *) sources+=("$(realpath "$word")") ;;
@@ -87,11 +85,9 @@ main() {
     run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$FOLDER/first" \
         out="$FOLDER/codes" max_document_seconds=900
 
-    say "5/6 SoundStorm: rows of 8 s, then rows as long as its windows"
-    train soundstorm "$FOLDER/codes" ${soundstorm[@]+"${soundstorm[@]}"}
-    train soundstorm_windows "$FOLDER/codes" stage.initial_weights="$FOLDER/soundstorm" \
-        ${windows[@]+"${windows[@]}"}
-    ship soundstorm_windows "$WEIGHTS/soundstorm/$NAME"
+    say "5/6 SoundStorm: it learns the codes of a voice that says the units"
+    train soundstorm "$FOLDER/codes" stage.codec="$FOLDER/first" ${soundstorm[@]+"${soundstorm[@]}"}
+    ship soundstorm "$WEIGHTS/soundstorm/$NAME"
 
     say "6/6 measure: the codec beside Opus and Codec2, then the voices"
     run speechssm evaluate codec data="$FOLDER/audio" codec="[$FOLDER/first,$WEIGHTS/soundstream/$NAME]" \

@@ -9,7 +9,12 @@ FOLDER=${FOLDER:-runs/demo}
 # "$FOLDER/tokenizer", "$FOLDER/soundstream", "$FOLDER/soundstorm".
 TOKENIZER=${TOKENIZER:-distilled}
 CODEC=${CODEC:-small}
-SOUNDSTORM=${SOUNDSTORM:-$FOLDER/soundstorm}
+# The shipped SoundStorm speaks the units and codes of the two defaults above, and no others.
+if [ "$TOKENIZER/$CODEC" = distilled/small ]; then
+    SOUNDSTORM=${SOUNDSTORM:-small}
+else
+    SOUNDSTORM=${SOUNDSTORM:-$FOLDER/soundstorm}
+fi
 SEED=${SEED:-1}
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 started=$SECONDS
@@ -42,9 +47,10 @@ main() {
     run speechssm encode data="$FOLDER/audio" units="$FOLDER/units" codec="$CODEC" \
         out="$FOLDER/codes" max_document_seconds=60
 
-    say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice"
+    say "6/10 SoundStorm: learn to fill in a voice's codes from units and 3 s of that voice
+         (what follows uses $SOUNDSTORM)"
     run speechssm train stage=soundstorm name=demo/soundstorm run_folder="$FOLDER/soundstorm" \
-        seed="$SEED" data.folder="$FOLDER/codes"
+        seed="$SEED" data.folder="$FOLDER/codes" stage.codec="$CODEC"
 
     say "7/10 sweep: the paper's question in miniature, one language model for 30 s, 4 min and 16 min"
     run speechssm train -m experiment=sequence_length sweep_folder="$FOLDER/sequence_length" \

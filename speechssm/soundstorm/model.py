@@ -5,6 +5,7 @@ C codebook size.
 """
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -14,6 +15,12 @@ from speechssm.errors import ConfigError
 from speechssm.nn.conformer import Conformer
 
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
+
+
+def random_turn(dimensions: int, width: int) -> torch.Tensor:
+    """A random orthogonal [E, D] that turns variances of 1 into variances of 1/2."""
+    gain = math.sqrt(max(1.0, width / dimensions) / 2)
+    return nn.init.orthogonal_(torch.empty(dimensions, width), gain=gain)
 
 
 class SoundStorm(nn.Module):
@@ -87,6 +94,42 @@ class SoundStorm(nn.Module):
         nn.init.normal_(self.level_embedding_QCD, std=self.num_quantizers**-0.5)
         nn.init.zeros_(self.head_weight_QCD)
         nn.init.zeros_(self.head_bias_QC)
+
+    @torch.no_grad()
+    def begin_with_codebooks(self, codebook_QCE: torch.Tensor) -> None:
+        """Embeddings and heads that begin with the geometry of the codec, E dimensions a code.
+
+        Codes that sound alike enter alike and are predicted alike, which examples would else have
+        to teach code by code. A frame's embeddings add up to a turned copy of what the codec's
+        decoder hears, in the same scale on all levels, beside a small part of each level's own.
+
+        Args:
+            codebook_QCE: float, the vectors of the codec's quantiser.
+
+        Raises:
+            ConfigError: codebooks of other levels or codes than the model's.
+        """
+        levels, codes, _ = codebook_QCE.shape
+        if (levels, codes) != (self.num_quantizers, self.codebook_size):
+            raise ConfigError(
+                f"stage.codec has {levels} levels of {codes} codes, SoundStorm was built for "
+                f"{self.num_quantizers} of {self.codebook_size}: name the codec that made the codes"
+            )
+        centred_QCE = codebook_QCE.float() - codebook_QCE.float().mean(1, keepdim=True)
+        shared_QCE = centred_QCE / centred_QCE[0].std()
+        own_QCE = centred_QCE / centred_QCE.std(dim=(1, 2), keepdim=True).clamp(min=1e-8)
+        dimensions, width = codebook_QCE.shape[-1], self.unit_embedding.embedding_dim
+        turn_ED = random_turn(dimensions, width)
+        for level in range(levels):
+            own_turn_ED, head_turn_ED = (
+                random_turn(dimensions, width),
+                random_turn(dimensions, width),
+            )
+            embedding_CD = shared_QCE[level] @ turn_ED + 0.15 * own_QCE[level] @ own_turn_ED
+            self.level_embedding_QCD[level, :codes] = embedding_CD
+            self.level_embedding_QCD[level, codes].normal_(std=0.1)
+            # Small: what a new model predicts stays near the codes' frequencies.
+            self.head_weight_QCD[level] = 0.8 * width**-0.5 * own_QCE[level] @ head_turn_ED
 
     @property
     def device(self) -> torch.device:

@@ -9,8 +9,8 @@ import hydra
 import lightning
 import torch
 
-from speechssm.errors import ConfigError
-from speechssm.nn.initial_weights import begin_with
+from speechssm.errors import ConfigError, FingerprintError
+from speechssm.nn.initial_weights import begin_with, other_network
 from speechssm.nn.optimization import build_optimizer
 from speechssm.soundstorm.loss import finer_loss, level_score, level_scores, masked_states
 from speechssm.soundstorm.masking import draw, training_mask
@@ -30,7 +30,12 @@ class SoundStormModule(lightning.LightningModule):
         finer_levels: so many of the levels above the drawn one are predicted too, from the same
             pass: their heads learn from most rows instead of from one in Q. 0 = the paper's loss.
         finer_weight: of their mean loss beside that of the drawn level.
+        codec: the codec that made the codes, a run folder, weights, or a name: embeddings and heads
+            of a new run begin with its codebooks.
         initial_weights: a SoundStorm of the same shape that a new run begins with.
+
+    Raises:
+        ConfigError: a share outside [0, 1], or both `codec` and `initial_weights`.
     """
 
     def __init__(
@@ -41,11 +46,16 @@ class SoundStormModule(lightning.LightningModule):
         first_level_share: float | None = None,
         finer_levels: int = 0,
         finer_weight: float = 1.0,
+        codec: str | None = None,
         initial_weights: str | None = None,
     ):
         super().__init__()
         if first_level_share is not None and not 0 <= first_level_share <= 1:
             raise ConfigError(f"stage.first_level_share={first_level_share}: from 0 to 1, or null")
+        if codec and initial_weights:
+            raise ConfigError(
+                "stage.codec and stage.initial_weights say both what a run begins with: give one"
+            )
         self.save_hyperparameters()
         self.model = hydra.utils.instantiate(model)
         levels = [f"_level_{level + 1}" for level in range(self.model.num_quantizers)]
@@ -54,8 +64,24 @@ class SoundStormModule(lightning.LightningModule):
         self.metric_units |= {f"accuracy{level}": "share" for level in ["", *levels]}
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.hparams.initial_weights and not self.trainer.ckpt_path:
+        if stage != "fit" or self.trainer.ckpt_path:
+            return
+        if self.hparams.initial_weights:
             begin_with(self.model, "soundstorm", self.hparams.initial_weights)
+        elif self.hparams.codec:
+            codec = other_network("soundstream", self.hparams.codec)
+            self._check_codec(codec.fingerprint)
+            self.model.begin_with_codebooks(codec.codebooks_QKD)
+
+    def _check_codec(self, fingerprint: str) -> None:
+        """Raises FingerprintError if the codes that we train on are another codec's."""
+        made_by = self.trainer.datamodule.index("train").metadata["codec_fingerprint"]
+        if made_by != fingerprint:
+            raise FingerprintError(
+                f"stage.codec={self.hparams.codec} is {fingerprint[:12]}..., but the codes of "
+                f"{self.trainer.datamodule.folder} were made by {made_by[:12]}...: name the codec "
+                "that made them, or encode the audio with this one"
+            )
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         codes_BQT, length_B = batch["codes"], batch["length"]

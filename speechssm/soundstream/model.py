@@ -191,12 +191,17 @@ class SoundStream(nn.Module):
         return self.sample_rate / self.hop_length
 
     @property
+    def codebooks_QKD(self) -> torch.Tensor:
+        """The vectors that codes stand for; a frame is the sum of its levels'."""
+        return self.quantizer.codebook_QKD
+
+    @property
     def fingerprint(self) -> str:
         """Identity of the codes: config, encoder and codebooks, see speechssm.fingerprint.
 
         The decoder is not part of it: whoever has learned codes may play them with a better one.
         """
-        codebooks = {"quantizer.codebook_QKD": self.quantizer.codebook_QKD}
+        codebooks = {"quantizer.codebook_QKD": self.codebooks_QKD}
         encoder = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
         return fingerprint(self.config, encoder | codebooks)
 

@@ -211,3 +211,33 @@ def test_finer_levels_are_predicted_after_the_prompt_and_never_at_the_last_level
         log_TC = model.logits(hidden_BTD[row : row + 1, first:stop], level)[0].log_softmax(-1)
         expected.append(-log_TC.gather(1, codes_BQT[row, level, first:stop, None]))
     assert loss.item() == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
+
+
+def test_it_can_begin_with_the_geometry_of_the_codec(model):
+    codebook_QCE = torch.randn(3, 13, 8) * torch.tensor([4.0, 2.0, 1.0])[:, None, None] + 3
+    codebook_QCE[1, 5] = codebook_QCE[1, 2]
+    model.begin_with_codebooks(codebook_QCE)
+    for level in range(3):
+        ours, theirs = torch.pdist(model.head_weight_QCD[level]), torch.pdist(codebook_QCE[level])
+        torch.testing.assert_close(ours / ours.mean(), theirs / theirs.mean(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.level_embedding_QCD[1, 5], model.level_embedding_QCD[1, 2])
+    # Frames differ as their vectors do, whichever levels make the difference.
+    codes_NQ = torch.randint(0, 13, (40, 3))
+    frames = [
+        sum(table_QCX[level, codes_NQ[:, level]] for level in range(3))
+        for table_QCX in (model.level_embedding_QCD, codebook_QCE)
+    ]
+    assert torch.corrcoef(torch.stack([torch.pdist(frame) for frame in frames]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("dimensions", [8, 32])
+def test_codebooks_enter_at_one_size_whatever_their_own(model, dimensions):
+    model.begin_with_codebooks(1e-3 * torch.randn(3, 13, dimensions))
+    assert model.level_embedding_QCD[0, :13].var().item() == pytest.approx(0.5, rel=0.3)
+    # A new model still predicts about what the unigram does.
+    assert model.logits(torch.randn(2, 5, 16), 0).std() < 1
+
+
+def test_codebooks_of_another_codec_are_refused(model):
+    with pytest.raises(ConfigError, match=r"stage.codec has 3 levels of 12 codes.*3 of 13"):
+        model.begin_with_codebooks(torch.randn(3, 12, 8))

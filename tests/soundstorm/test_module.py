@@ -1,11 +1,13 @@
 """Shapes: B batch, Q quantiser levels, T codec frames, U units."""
 
+from types import SimpleNamespace
+
 import lightning
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from speechssm.errors import ConfigError
+from speechssm.errors import ConfigError, FingerprintError
 from speechssm.loading import load
 from speechssm.nn import initial_weights
 from speechssm.soundstorm.module import SoundStormModule
@@ -100,6 +102,35 @@ def test_a_run_can_begin_with_the_weights_of_another(tmp_path, monkeypatch):
         assert torch.equal(dict(second.model.named_parameters())[name], parameter), name
 
 
+class FakeCodec:
+    fingerprint = "b" * 64
+    codebooks_QKD = torch.randn(LEVELS, CODES, 8, generator=torch.Generator().manual_seed(0))
+
+
+def begin_with_codec(tmp_path, monkeypatch, made_by):
+    monkeypatch.setattr("speechssm.soundstorm.module.other_network", lambda *_: FakeCodec())
+    module = SoundStormModule(MODEL, OPTIMIZER | {"learning_rate": 0.0}, codec="small")
+    trainer(1, tmp_path).fit(module, datamodule=CodesOf(made_by))
+    return module
+
+
+def test_a_run_can_begin_with_the_codebooks_of_the_codec(tmp_path, monkeypatch):
+    module = begin_with_codec(tmp_path, monkeypatch, FakeCodec.fingerprint)
+    ours = torch.pdist(module.model.level_embedding_QCD[0, :CODES].detach())
+    theirs = torch.pdist(FakeCodec.codebooks_QKD[0])
+    assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1] > 0.98
+
+
+def test_the_codebooks_of_another_codec_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(FingerprintError, match=r"stage.codec=small is b+\.\.\., but the codes of"):
+        begin_with_codec(tmp_path, monkeypatch, "c" * 64)
+
+
+def test_two_beginnings_are_one_too_many():
+    with pytest.raises(ConfigError, match="give one"):
+        SoundStormModule(MODEL, OPTIMIZER, codec="small", initial_weights="first")
+
+
 def test_a_share_that_is_none_is_refused():
     with pytest.raises(ConfigError, match=r"first_level_share=2: from 0 to 1"):
         SoundStormModule(MODEL, OPTIMIZER, first_level_share=2)
@@ -154,6 +185,22 @@ def test_hyper_parameters_rebuild_the_module_from_a_checkpoint(tmp_path):
     again.load_state_dict(stored["state_dict"])
     for name, tensor in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+class CodesOf(lightning.LightningDataModule):
+    """Batches of code shards that a certain codec made."""
+
+    folder = "codes"
+
+    def __init__(self, codec_fingerprint):
+        super().__init__()
+        self.codec_fingerprint = codec_fingerprint
+
+    def train_dataloader(self):
+        return batches(1, 0)
+
+    def index(self, split):
+        return SimpleNamespace(metadata={"codec_fingerprint": self.codec_fingerprint})
 
 
 class MarkedBatches(lightning.LightningDataModule):
