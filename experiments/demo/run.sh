@@ -73,11 +73,11 @@ main() {
     run speechssm evaluate codec data="$FOLDER/audio" codec="$(list "$FOLDER/soundstream" small "$CODEC")" \
         out="$FOLDER/evaluation/codec" options.codec.max_crops=8 'options.codec.peers=[opus:6,codec2:3200]'
     run speechssm evaluate acoustic data="$FOLDER/codes" soundstorm="$(list "$FOLDER/soundstorm" "$SOUNDSTORM")" \
-        out="$FOLDER/evaluation/acoustic"
+        out="$FOLDER/evaluation/acoustic" options.acoustic.max_pieces=16
     run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
         out="$FOLDER/evaluation/likelihood"
     run speechssm bench pipeline tokenizer="$TOKENIZER" lm="$FOLDER/sequence_length/16min" \
-        soundstorm="$SOUNDSTORM" codec="$CODEC" out="$FOLDER/bench/pipeline"
+        soundstorm="$FOLDER/soundstorm" codec="$CODEC" out="$FOLDER/bench/pipeline"
 
     say "10/10 report: one page with the table, the curves and the sound"
     run speechssm report folder="$FOLDER"

@@ -30,10 +30,11 @@ def test_every_claim_about_the_committed_run_holds(results):
 def test_what_is_shipped_is_measured_beside_what_the_demo_trains(results):
     systems = {
         stage: {c["system"].split(",")[0] for c in results["comparisons"] if c["stage"] == stage}
-        for stage in ("tokenizer", "soundstream")
+        for stage in ("tokenizer", "soundstream", "soundstorm")
     }
     assert {"tokenizer", "small", "distilled"} <= systems["tokenizer"]
     assert {"soundstream", "small"} <= systems["soundstream"]
+    assert {"soundstorm", "small"} <= systems["soundstorm"]
 
 
 def test_the_check_sees_a_lost_comparison_a_collapse_and_a_missing_stage(results):

@@ -44,8 +44,7 @@ def commands(script: str, words: list[str], folder: Path, **environment: str) ->
           "second.trainer.max_steps=5", "options.tokenizer.excerpts=2"], {"WHISPER": "weights"},
          {"prepare", "train", "export", "evaluate"}),
         ("acoustic/build.sh", [".", "codec.trainer.max_steps=9", "decoder.trainer.max_steps=8",
-          "soundstorm.trainer.max_steps=7", "windows.trainer.max_steps=6",
-          "options.codec.max_crops=4"], {"RECOGNIZER": "tiny"},
+          "soundstorm.trainer.max_steps=7", "options.codec.max_crops=4"], {"RECOGNIZER": "tiny"},
          {"prepare", "tokenize", "encode", "train", "export", "evaluate"}),
     ],
 )  # fmt: skip
