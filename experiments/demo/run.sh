@@ -5,7 +5,7 @@
 set -euo pipefail
 
 FOLDER=${FOLDER:-runs/demo}
-# What the later stages work with: a NAME in data/weights/STAGE, or what is trained here, that is
+# What speech is made with: a NAME in data/weights/STAGE, or what is trained here, that is
 # "$FOLDER/tokenizer", "$FOLDER/soundstream", "$FOLDER/soundstorm".
 TOKENIZER=${TOKENIZER:-distilled}
 CODEC=${CODEC:-small}
@@ -76,6 +76,7 @@ main() {
         out="$FOLDER/evaluation/acoustic" options.acoustic.max_pieces=16
     run speechssm evaluate likelihood data="$FOLDER/units" lm="$FOLDER/sequence_length" \
         out="$FOLDER/evaluation/likelihood"
+    # Whether memory grows depends on no weights: the smaller SoundStorm is quicker.
     run speechssm bench pipeline tokenizer="$TOKENIZER" lm="$FOLDER/sequence_length/16min" \
         soundstorm="$FOLDER/soundstorm" codec="$CODEC" out="$FOLDER/bench/pipeline"
 

@@ -265,8 +265,11 @@ def fit(
                 f"{checkpoint} cannot be read ({str(error).splitlines()[0][:120]}); delete it to "
                 "start this run anew"
             ) from error
+    # As an argument of fit it would be known only after `setup`, which begins new runs with the
+    # weights of others and must leave resumed ones alone.
+    trainer.ckpt_path = checkpoint
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=datamodule, weights_only=True)
     except SystemExit:
         # Lightning's way to end after Ctrl-C, with status 1 and the signal switched off.
         if trainer.state.status != TrainerStatus.INTERRUPTED:

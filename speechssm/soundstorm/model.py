@@ -1,7 +1,7 @@
 """SoundStorm: a bidirectional Conformer that predicts masked codec codes from units.
 
 Shapes: B batch, Q quantiser levels, T codec frames, U units (T = U * unit_repeat), D model width,
-C codebook size.
+C codebook size, E width of the codec's code vectors.
 """
 
 import copy
@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from speechssm.errors import ConfigError
 from speechssm.nn.conformer import Conformer
+from speechssm.nn.vector_quantization import sum_over_ranks
 
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
-def random_turn(dimensions: int, width: int) -> torch.Tensor:
-    """A random orthogonal [E, D] that turns variances of 1 into variances of 1/2."""
+def random_orthogonal(dimensions: int, width: int) -> torch.Tensor:
+    """A random orthogonal [E, D] for rows of variance 1; what they are mapped to has 1/2."""
     gain = math.sqrt(max(1.0, width / dimensions) / 2)
     return nn.init.orthogonal_(torch.empty(dimensions, width), gain=gain)
 
@@ -100,8 +101,9 @@ class SoundStorm(nn.Module):
         """Embeddings and heads that begin with the geometry of the codec, E dimensions a code.
 
         Codes that sound alike enter alike and are predicted alike, which examples would else have
-        to teach code by code. A frame's embeddings add up to a turned copy of what the codec's
-        decoder hears, in the same scale on all levels, beside a small part of each level's own.
+        to teach code by code. A frame's embeddings add up to a linear image of what the codec's
+        decoder hears, beside a small part that tells the levels apart. Sizes are those of the
+        trial in experiments/LOG.md, others were not tried.
 
         Args:
             codebook_QCE: float, the vectors of the codec's quantiser.
@@ -116,14 +118,14 @@ class SoundStorm(nn.Module):
                 f"{self.num_quantizers} of {self.codebook_size}: name the codec that made the codes"
             )
         centred_QCE = codebook_QCE.float() - codebook_QCE.float().mean(1, keepdim=True)
-        shared_QCE = centred_QCE / centred_QCE[0].std()
+        shared_QCE = centred_QCE / centred_QCE[0].std().clamp(min=1e-8)
         own_QCE = centred_QCE / centred_QCE.std(dim=(1, 2), keepdim=True).clamp(min=1e-8)
         dimensions, width = codebook_QCE.shape[-1], self.unit_embedding.embedding_dim
-        turn_ED = random_turn(dimensions, width)
+        turn_ED = random_orthogonal(dimensions, width)
         for level in range(levels):
             own_turn_ED, head_turn_ED = (
-                random_turn(dimensions, width),
-                random_turn(dimensions, width),
+                random_orthogonal(dimensions, width),
+                random_orthogonal(dimensions, width),
             )
             embedding_CD = shared_QCE[level] @ turn_ED + 0.15 * own_QCE[level] @ own_turn_ED
             self.level_embedding_QCD[level, :codes] = embedding_CD
@@ -212,9 +214,9 @@ class SoundStorm(nn.Module):
         levels, codes = self.code_count_QC.shape
         offset_Q1 = torch.arange(levels, device=codes_BQT.device)[:, None] * codes
         seen_BQT = valid_BT[:, None].expand_as(codes_BQT).to(self.code_count_QC.dtype)
-        self.code_count_QC.view(-1).index_add_(
-            0, (codes_BQT + offset_Q1).flatten(), seen_BQT.flatten()
-        )
+        count_QC = torch.zeros_like(self.code_count_QC)
+        count_QC.view(-1).index_add_(0, (codes_BQT + offset_Q1).flatten(), seen_BQT.flatten())
+        self.code_count_QC += sum_over_ranks(count_QC)
 
     def logits(self, hidden_BTD: torch.Tensor, level: int | torch.Tensor) -> torch.Tensor:
         """Predictions of one level: the other heads are not computed.

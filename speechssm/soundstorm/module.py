@@ -75,12 +75,15 @@ class SoundStormModule(lightning.LightningModule):
 
     def _check_codec(self, fingerprint: str) -> None:
         """Raises FingerprintError if the codes that we train on are another codec's."""
-        made_by = self.trainer.datamodule.index("train").metadata["codec_fingerprint"]
+        data = self.trainer.datamodule
+        if data is None:
+            raise ConfigError("stage.codec needs code shards, which say whose codes they are")
+        made_by = str(data.index("train").metadata.get("codec_fingerprint"))
         if made_by != fingerprint:
             raise FingerprintError(
                 f"stage.codec={self.hparams.codec} is {fingerprint[:12]}..., but the codes of "
-                f"{self.trainer.datamodule.folder} were made by {made_by[:12]}...: name the codec "
-                "that made them, or encode the audio with this one"
+                f"{data.folder} were made by {made_by[:12]}...: name the codec that made them, or "
+                "encode the audio with this one"
             )
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_index: int) -> torch.Tensor:

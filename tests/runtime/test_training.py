@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,7 @@ def test_a_new_run_begins_with_a_text_models_weights_and_a_resumed_one_does_not(
     unit_shards: Path, straight: Path, text_model: Path, tmp_path: Path
 ) -> None:
     sys.modules["tests_runtime_fault"] = sys.modules[__name__]
+    text_model = shutil.copytree(text_model, tmp_path / "text")
     begun = f"stage.initial_weights={text_model}"
     # A rate of zero: the weights stay what they are at the start.
     still = ("optimizer.learning_rate=0", "trainer.max_steps=5")
@@ -219,6 +221,7 @@ def test_a_new_run_begins_with_a_text_models_weights_and_a_resumed_one_does_not(
     cut = "+callbacks.cut._target_=tests_runtime_fault.PowerCut"
     with pytest.raises(RuntimeError, match="power cut"):
         run(unit_shards, tmp_path / "cut", begun, "callbacks.last.every_n_train_steps=2", cut)
+    shutil.rmtree(text_model)  # nobody needs it any more
     run(unit_shards, tmp_path / "cut", begun)
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
 

@@ -108,7 +108,8 @@ class FakeCodec:
 
 
 def begin_with_codec(tmp_path, monkeypatch, made_by):
-    monkeypatch.setattr("speechssm.soundstorm.module.other_network", lambda *_: FakeCodec())
+    found = {("soundstream", "small"): FakeCodec()}
+    monkeypatch.setattr("speechssm.soundstorm.module.other_network", lambda *key: found[key])
     module = SoundStormModule(MODEL, OPTIMIZER | {"learning_rate": 0.0}, codec="small")
     trainer(1, tmp_path).fit(module, datamodule=CodesOf(made_by))
     return module

@@ -30,6 +30,7 @@ class Options:
             joints is measured with. 0 is the paper's hard cut.
         window_seconds, overlap_seconds: see `soundstorm.synthesis.window_plan`.
         iterations, temperature: see `soundstorm.decoding.decode`.
+        precision: of SoundStorm's Conformer, see `SoundStorm.for_decoding`.
         recognizer: folder of a Whisper model, see `judges.recognizer`; None: no words.
         max_hours, heldout_speakers, heldout_sets, leave_out, synthetic: see `choose_material`.
         examples: readings of each text of which prompt and speech are written as sound.
@@ -48,6 +49,7 @@ class Options:
     overlap_seconds: float = 4.0
     iterations: Sequence[int] = PAPER_ITERATIONS
     temperature: float = 1.0
+    precision: str = "32-true"
     recognizer: str | None = None
     max_hours: float | None = 4.0
     heldout_speakers: Sequence[str] = ()

@@ -220,6 +220,7 @@ class _Session:
             overlap_seconds=options.overlap_seconds,
             iterations=options.iterations,
             temperature=options.temperature,
+            precision=options.precision,
             seed=self.seed + number,
         )
         pairs: list[SeamPair] = []
