@@ -16,9 +16,9 @@ FORMATS = {"html": "index.html", "markdown": "report.md", "latex": "report.tex"}
 
 DEMO_LEAD = (
     "All four stages of a spoken language model, from recordings to speech that could go on for "
-    "ever, each trained for minutes on two CPU cores. What is heard comes from shipped models and "
-    "these language models. Trainings this short cannot give good speech: expect a voice's sound "
-    "and rhythm at best, not words. {verdict} Nothing on this page is chosen by hand."
+    "ever, each trained for minutes on two CPU cores. What is heard comes by default from shipped "
+    "models and these language models. Trainings this short cannot give good speech: expect a "
+    "voice's sound and rhythm at best, not words. {verdict} Nothing on this page is chosen by hand."
 )
 PROVEN = (
     "What it shows is that every part works; that each of codec, SoundStorm and language model "
