@@ -120,10 +120,13 @@ class SoundStormModule(lightning.LightningModule):
         nats_Q, correct_Q, tokens_Q = sums_3Q
         loss_Q = nats_Q / tokens_Q.clamp(min=1)
         accuracy_Q = correct_Q / tokens_Q.clamp(min=1)
-        self.log("val/loss", loss_Q.mean(), prog_bar=True)
+        # The same on all ranks; without sync_dist Lightning warns that they might not be.
+        self.log("val/loss", loss_Q.mean(), prog_bar=True, sync_dist=True)
+        figures = {}
         for level in range(self.model.num_quantizers):
-            self.log(f"val/loss_level_{level + 1}", loss_Q[level])
-            self.log(f"val/accuracy_level_{level + 1}", accuracy_Q[level])
+            figures[f"val/loss_level_{level + 1}"] = loss_Q[level]
+            figures[f"val/accuracy_level_{level + 1}"] = accuracy_Q[level]
+        self.log_dict(figures, sync_dist=True)
 
     def configure_optimizers(self) -> dict:
         total_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None

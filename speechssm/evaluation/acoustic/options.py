@@ -8,6 +8,7 @@ from speechssm.errors import ConfigError
 from speechssm.evaluation.acoustic.readings import OTHERS, OWN
 from speechssm.evaluation.acoustic.spans import LEAST_SPAN_SECONDS
 from speechssm.soundstorm.decoding import PAPER_ITERATIONS
+from speechssm.soundstorm.model import PRECISIONS
 
 MEASURES = ("speaker", "naturalness", "words", "seams")
 
@@ -75,6 +76,11 @@ class Options:
                 raise ConfigError(
                     f"options.acoustic.{name}={getattr(self, name)}: at least {smallest:g}"
                 )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"options.acoustic.precision={self.precision} is unknown; choose one of: "
+                f"{', '.join(PRECISIONS)}"
+            )
         if not self.crossfade_seconds:
             raise ConfigError("options.acoustic.crossfade_seconds is empty; [0] is the hard cut")
 
