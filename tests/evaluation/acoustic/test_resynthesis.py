@@ -137,7 +137,10 @@ def test_the_same_seed_gives_the_same_figures(models, spoken_shards, tmp_path, j
         ({"joints": -1}, "joints=-1: at least 0"),
         ({"voices": 1}, "voices=1: at least 2"),
         ({"crossfade_seconds": []}, r"crossfade_seconds is empty; \[0\] is the hard cut"),
-        ({"precision": "bf16"}, "options.acoustic.precision=bf16 is unknown; choose one of: 32-true"),
+        (
+            {"precision": "bf16"},
+            "options.acoustic.precision=bf16 is unknown; choose one of: 32-true",
+        ),
     ],
 )
 def test_impossible_options_are_named(options, message):
