@@ -36,6 +36,7 @@ from speechssm.soundstorm.synthesis import (
 logger = logging.getLogger(__name__)
 
 MIN_PROMPT_SECONDS = 1.0
+LONG_PROMPT_SECONDS = 60.0  # that nobody waits for without a notice
 BLOCK_UNITS = 25  # that the language model hands over at a time: one second
 SILENCE_PEAK = 1e-3
 CLIPPING_LEVEL, CLIPPING_SHARE = 0.999, 0.01
@@ -120,6 +121,13 @@ def generate(
     if prompt is not None:
         audio = prepare_prompt(prompt, rate, codec.sample_rate, prompt_name)
         prompt_units = tokenizer.encode(audio, codec.sample_rate)
+        spoken = len(audio) / codec.sample_rate if include_prompt else 0
+        if spoken > LONG_PROMPT_SECONDS:
+            logger.warning(
+                "%s: its %.0f s are spoken again first; include_prompt=false leaves them out",
+                prompt_name,
+                spoken,
+            )
     if voice is not None:
         voice_audio = prepare_prompt(*voice, codec.sample_rate, "voice")
         voice_units = None

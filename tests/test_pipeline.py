@@ -279,6 +279,14 @@ def test_a_clipped_prompt_at_another_rate_is_spoken_on_from_with_a_notice(models
     assert len(audio) == 4 * RATE and len(units) == 100 and np.isfinite(audio).all()
 
 
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_a_long_prompt_that_is_spoken_again_is_noticed(models, caplog, include_prompt):
+    long = np.tile(speech(3, RATE), 21)
+    with caplog.at_level(logging.WARNING):
+        generate(long, RATE, 1.0, 0, prompt_name="a.wav", include_prompt=include_prompt, **models)
+    assert ("a.wav: its 63 s are spoken again first" in caplog.text) == include_prompt
+
+
 def test_a_prompt_whose_voice_comes_after_a_silence_is_refused(models):
     silence_then_voice = np.concatenate([np.zeros(3 * RATE, np.float32), speech(2)])
     with pytest.raises(PromptError, match="the first 3 s are silent"):
