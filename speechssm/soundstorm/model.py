@@ -123,15 +123,12 @@ class SoundStorm(nn.Module):
         dimensions, width = codebook_QCE.shape[-1], self.unit_embedding.embedding_dim
         turn_ED = random_orthogonal(dimensions, width)
         for level in range(levels):
-            own_turn_ED, head_turn_ED = (
-                random_orthogonal(dimensions, width),
-                random_orthogonal(dimensions, width),
-            )
-            embedding_CD = shared_QCE[level] @ turn_ED + 0.15 * own_QCE[level] @ own_turn_ED
-            self.level_embedding_QCD[level, :codes] = embedding_CD
+            own_CD = own_QCE[level] @ random_orthogonal(dimensions, width)
+            self.level_embedding_QCD[level, :codes] = shared_QCE[level] @ turn_ED + 0.15 * own_CD
             self.level_embedding_QCD[level, codes].normal_(std=0.1)
             # Small: what a new model predicts stays near the codes' frequencies.
-            self.head_weight_QCD[level] = 0.8 * width**-0.5 * own_QCE[level] @ head_turn_ED
+            head_CD = own_QCE[level] @ random_orthogonal(dimensions, width)
+            self.head_weight_QCD[level] = 0.8 * width**-0.5 * head_CD
 
     @property
     def device(self) -> torch.device:

@@ -36,6 +36,7 @@ class SoundStormModule(lightning.LightningModule):
 
     Raises:
         ConfigError: a share outside [0, 1], or both `codec` and `initial_weights`.
+        FingerprintError: when training begins, a `codec` that did not make the codes.
     """
 
     def __init__(
